@@ -1,0 +1,435 @@
+"""Data sets as tensors in memory, split into train, valid and test, and a seeded, resumable batch sampler.
+
+    data = load_dataset("digits", seed=0)
+    batches = BatchSampler(len(data.train), batch_size=100, seed=0)
+    inputs, targets = data.train[next(batches)]
+
+Three promises hold for every data set: the three splits share no row and together use every row once; whatever is
+estimated (means, standard deviations) is estimated on the train split alone; and a file is read only if it is there
+and, where a checksum is known, intact. Nothing is downloaded unless asked for.
+
+============  ==============  =========================================  ================================
+name          kind            source                                     read from, below ``root``
+============  ==============  =========================================  ================================
+digits        classification  scikit-learn                               (bundled)
+iris          classification  scikit-learn                               (bundled)
+wine          classification  scikit-learn                               (bundled)
+breast_cancer classification  scikit-learn                               (bundled)
+diabetes      regression      scikit-learn                               (bundled)
+california    regression      ``sklearn.datasets``                       ``cal_housing_py3.pkz``
+communities   regression      UCI, Communities and Crime                 ``communities/communities.data``
+mnist         classification  ``torchvision.datasets.MNIST``             ``MNIST/raw/``
+cifar10       classification  ``torchvision.datasets.CIFAR10``           ``cifar-10-batches-py/``
+cifar100      classification  ``torchvision.datasets.CIFAR100``          ``cifar-100-python/``
+svhn          classification  ``torchvision.datasets.SVHN``              ``{train,test}_32x32.mat``
+============  ==============  =========================================  ================================
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision.datasets as vision
+from sklearn import datasets as sklearn_datasets
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import calculate_md5, download_url
+
+Kind = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One of the three parts of a data set, held in memory.
+
+    Attributes:
+        inputs: (N, ...) float32, ready for a model; or uint8 images (N, C, H, W), normalised when they are read.
+        targets: (N,) int64 class indices, or (N, K) float32.
+        indices: (N,) int64, the rows of the source that this split holds. An official test set that comes as a source
+            of its own is numbered after the rows of the training source, so one numbering covers all three splits.
+        mean: (C, 1, 1) float32, with uint8 inputs only: the mean per channel of pixels scaled to [0, 1].
+        std: (C, 1, 1) float32, the same for the standard deviation.
+
+    Raises:
+        ValueError: the numbers of rows differ, or uint8 inputs come without mean and std.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the tensors belong together."""
+        rows = [len(self.inputs), len(self.targets), len(self.indices)]
+        if len(set(rows)) != 1:
+            raise ValueError(f"inputs, targets and indices must have the same number of rows, got {rows}")
+        if self.inputs.dtype == torch.uint8 and (self.mean is None or self.std is None):
+            raise ValueError("uint8 inputs need mean= and std= to be normalised with")
+
+    def __len__(self) -> int:
+        """Return the number of rows N."""
+        return len(self.inputs)
+
+    def __getitem__(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return float32 inputs (images normalised per channel) and targets of the given rows of this split.
+
+        ``rows`` counts within the split, 0 to N - 1: an int64 tensor (B,), or a slice; ``split[:]`` is everything.
+        """
+        inputs = self.inputs[rows]
+        if self.mean is not None and self.std is not None:
+            inputs = (inputs.float() / 255 - self.mean) / self.std
+        return inputs, self.targets[rows]
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the split with its tensors on ``device``."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set in three disjoint splits.
+
+    Attributes:
+        name: the name it is loaded by.
+        kind: "classification" or "regression".
+        train: the rows to train on.
+        valid: the rows for meta batches and for choosing settings.
+        test: the rows to report on.
+        outputs: the number of classes C, or of target variables K.
+        input_shape: the shape of one input, without the batch dimension.
+    """
+
+    name: str
+    kind: Kind
+    train: Split
+    valid: Split
+    test: Split
+    outputs: int
+    input_shape: tuple[int, ...]
+
+
+def dataset_names() -> list[str]:
+    """Return the names that :func:`load_dataset` knows."""
+    return [*_TABLES, *_IMAGES]
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    seed: int = 0,
+    valid_size: int | None = None,
+) -> Dataset:
+    """Load a data set and split it; the same seed gives the same split.
+
+    *Tables* are split 60/20/20 at random, keeping the class proportions in classification. Features are standardised
+    with the mean and standard deviation of the train split (a constant column becomes 0), except for digits, whose
+    16 grey levels are scaled to [0, 1]. Regression targets are standardised the same way, so a mean squared error is
+    in units of the target's variance in the train split, and predicting its mean scores 1 there.
+
+    *Images* stay uint8 and are normalised per channel, with statistics of the train split, when a batch is read. The
+    official test set is the test split; ``valid_size`` rows of the official training set, drawn at random, are the
+    valid split.
+
+    Args:
+        name: one of :func:`dataset_names`.
+        root: the folder that holds the files; without it the environment variable ``ADALFL_DATA``, and without that
+            ``~/.cache/adalfl``. The bundled sets need no files.
+        download: fetch missing files from their official source. Files that are there are never fetched again.
+        seed: seeds the split; 0 to 2**32 - 1.
+        valid_size: for image sets, the size of the valid split; 10,000 if not given.
+
+    Raises:
+        ValueError: unknown name, or a ``valid_size`` that cannot be met.
+        FileNotFoundError: a file is missing and ``download`` is False.
+        RuntimeError: a file is damaged.
+    """
+    folder = Path(root or os.environ.get("ADALFL_DATA") or Path.home() / ".cache" / "adalfl").expanduser()
+    if name in _IMAGES:
+        return _load_images(name, folder, download, seed, 10_000 if valid_size is None else valid_size)
+    if name not in _TABLES:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
+    if valid_size is not None:
+        raise ValueError(f"valid_size={valid_size} is for image sets; {name!r} is a table, which is split 60/20/20")
+    return _load_table(name, folder, download, seed)
+
+
+class BatchSampler(Iterator[Tensor]):
+    """Endless mini-batches of row numbers: a fresh random permutation each epoch, its ragged tail dropped.
+
+    The sequence depends on ``n``, ``batch_size`` and ``seed`` alone, not on torch's global generator.
+
+    Args:
+        n: the number of rows to draw from.
+        batch_size: rows per batch, at most ``n``.
+        seed: seeds the permutations.
+
+    Raises:
+        ValueError: ``batch_size`` is not between 1 and ``n``.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        """Start at the first batch of the first epoch."""
+        if not 1 <= batch_size <= n:
+            raise ValueError(f"batch_size={batch_size} must be between 1 and the number of rows, n={n}")
+        self.n = n
+        self.batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self._epoch_state = self._generator.get_state()
+        self._order = torch.randperm(self.n, generator=self._generator)
+        self._position = 0
+
+    def __next__(self) -> Tensor:
+        """Return the next (batch_size,) int64 tensor of distinct rows, on the CPU."""
+        if self._position + self.batch_size > self.n:
+            self._start_epoch()
+        rows = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return rows
+
+    def state_dict(self) -> dict[str, int | Tensor]:
+        """Return where the sampler is, as integers and one tensor (safe for ``torch.load(weights_only=True)``)."""
+        return {
+            "n": self.n,
+            "batch_size": self.batch_size,
+            "position": self._position,
+            "epoch_state": self._epoch_state.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the sampler that gave ``state`` was.
+
+        Raises:
+            ValueError: ``state`` belongs to another ``n`` or ``batch_size``.
+        """
+        theirs, ours = (state["n"], state["batch_size"]), (self.n, self.batch_size)
+        if theirs != ours:
+            raise ValueError(f"the state is of a sampler with (n, batch_size) = {theirs}, this one has {ours}")
+        self._generator.set_state(state["epoch_state"])
+        self._start_epoch()
+        self._position = int(state["position"])
+
+
+# Files: there, intact, or a clear refusal --------------------------------------------------------------------------
+
+
+def _require(name: str, files: dict[Path, str | None], fetch: Callable[[], object], download: bool) -> None:
+    """Check that all files exist and have their md5 (None: not known), after fetching missing ones if allowed."""
+    if download and not all(path.is_file() for path in files):
+        fetch()
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{name}: {', '.join(missing)} not found. Call load_dataset({name!r}, download=True) to fetch the data, or"
+            " point root= or the environment variable ADALFL_DATA to the folder that holds it."
+        )
+    for path, md5 in files.items():
+        if md5 is not None and (found := calculate_md5(path)) != md5:
+            raise RuntimeError(
+                f"{name}: {path} is damaged or not the official file (md5 {found}, expected {md5})."
+                f" Delete it and call load_dataset({name!r}, download=True)."
+            )
+
+
+# Tables ------------------------------------------------------------------------------------------------------------
+
+
+def _read_digits(root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    inputs, targets = sklearn_datasets.load_digits(return_X_y=True)
+    return inputs / 16, targets
+
+
+def _read_california(root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    path = root / "cal_housing_py3.pkz"  # scikit-learn writes this file itself, so its checksum is not fixed
+    fetch = partial(sklearn_datasets.fetch_california_housing, data_home=root, return_X_y=True)
+    _require("california", {path: None}, fetch, download)
+    try:
+        return fetch(download_if_missing=False)
+    except Exception as error:
+        raise RuntimeError(f"california: {path} cannot be read. Delete it and load with download=True.") from error
+
+
+_COMMUNITIES_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/communities/communities.data"
+_COMMUNITIES_MD5 = "4b2433c94afe43119fae78309a22778e"
+
+
+def _read_communities(root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return (1994, 100) features with one NaN, and the (1994,) target ViolentCrimesPerPop.
+
+    Of the 127 columns before the target, the first five (state, county, community, communityname, fold) are not
+    predictive by the data set's own description. Of the other 122, the 22 from the LEMAS police survey that have no
+    value for 1675 of the 1994 communities are dropped. One missing value remains, one community's OtherPerCap;
+    standardisation sets it to the mean of the train split.
+    """
+    path = root / "communities" / "communities.data"
+
+    def fetch() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            download_url(_COMMUNITIES_URL, temporary, path.name, md5=_COMMUNITIES_MD5)
+            os.replace(Path(temporary) / path.name, path)
+
+    _require("communities", {path: _COMMUNITIES_MD5}, fetch, download)
+    table = np.genfromtxt(path, delimiter=",", missing_values="?", usecols=range(5, 128))
+    inputs, targets = table[:, :-1], table[:, -1]
+    return inputs[:, np.isnan(inputs).mean(axis=0) < 0.5], targets
+
+
+@dataclass(frozen=True)
+class _Table:
+    kind: Kind
+    read: Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]
+    standardise: bool = True
+
+
+def _bundled(load: Callable[..., Any], **options: Any) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
+    return lambda root, download: load(return_X_y=True, **options)
+
+
+_TABLES = {
+    "digits": _Table("classification", _read_digits, standardise=False),
+    "iris": _Table("classification", _bundled(sklearn_datasets.load_iris)),
+    "wine": _Table("classification", _bundled(sklearn_datasets.load_wine)),
+    "breast_cancer": _Table("classification", _bundled(sklearn_datasets.load_breast_cancer)),
+    "diabetes": _Table("regression", _bundled(sklearn_datasets.load_diabetes, scaled=False)),
+    "california": _Table("regression", _read_california),
+    "communities": _Table("regression", _read_communities),
+}
+
+
+def _standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Fill NaN with column means, then scale to mean 0 and std 1, all over ``train`` rows; constant columns become 0."""
+    values = np.where(np.isnan(values), np.nanmean(values[train], axis=0), values)
+    constant = np.ptp(values[train], axis=0) == 0
+    mean, std = values[train].mean(axis=0), np.where(constant, 1.0, values[train].std(axis=0))
+    return np.where(constant, 0.0, (values - mean) / std)
+
+
+def _load_table(name: str, root: Path, download: bool, seed: int) -> Dataset:
+    table = _TABLES[name]
+    inputs, targets = table.read(root, download)
+    n = len(inputs)
+    fifth = round(n / 5)
+    classes = targets if table.kind == "classification" else None
+    rest, test = train_test_split(np.arange(n), test_size=fifth, random_state=seed, stratify=classes)
+    classes = classes if classes is None else classes[rest]
+    train, valid = train_test_split(rest, test_size=fifth, random_state=seed, stratify=classes)
+
+    if table.standardise:
+        inputs = _standardise(inputs, train)
+    x = torch.tensor(inputs, dtype=torch.float32)
+    if table.kind == "classification":
+        y = torch.tensor(targets, dtype=torch.int64)
+        outputs = int(y.max()) + 1
+    else:
+        y = torch.tensor(_standardise(targets[:, None], train), dtype=torch.float32)
+        outputs = y.shape[1]
+
+    def split(rows: np.ndarray) -> Split:
+        indices = torch.from_numpy(rows)
+        return Split(x[indices], y[indices], indices)
+
+    return Dataset(name, table.kind, split(train), split(valid), split(test), outputs, tuple(x.shape[1:]))
+
+
+# Images ------------------------------------------------------------------------------------------------------------
+
+Images = tuple[Tensor, Tensor]  # uint8 (N, C, H, W) and int64 (N,)
+
+# The unpacked files; torchvision records the md5 of the archives they come in, and does not check them once unpacked.
+_MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def _read_mnist(name: str, root: Path, download: bool) -> tuple[Images, Images]:
+    raw = root / "MNIST" / "raw"
+    files: dict[Path, str | None] = {raw / file: md5 for file, md5 in _MNIST_MD5.items()}
+    _require(name, files, lambda: vision.MNIST(root, download=True), download)
+
+    def read(part: str) -> Images:
+        images = read_image_file(str(raw / f"{part}-images-idx3-ubyte"))
+        return images.unsqueeze(1), read_label_file(str(raw / f"{part}-labels-idx1-ubyte"))
+
+    return read("train"), read("t10k")
+
+
+def _read_cifar(name: str, root: Path, download: bool) -> tuple[Images, Images]:
+    source = {"cifar10": vision.CIFAR10, "cifar100": vision.CIFAR100}[name]
+    checksums = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
+    files: dict[Path, str | None] = {root / source.base_folder / file: md5 for file, md5 in checksums}
+    _require(name, files, lambda: source(root, download=True), download)
+
+    def read(train: bool) -> Images:
+        part = source(root, train=train)
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+
+    return read(True), read(False)
+
+
+def _read_svhn(name: str, root: Path, download: bool) -> tuple[Images, Images]:
+    parts = ("train", "test")
+    files: dict[Path, str | None] = {root / vision.SVHN.split_list[p][1]: vision.SVHN.split_list[p][2] for p in parts}
+    _require(name, files, lambda: [vision.SVHN(root, split=part, download=True) for part in parts], download)
+
+    def read(part: str) -> Images:
+        data = vision.SVHN(root, split=part)
+        return torch.from_numpy(data.data).contiguous(), torch.from_numpy(data.labels)
+
+    return read("train"), read("test")
+
+
+_IMAGES: dict[str, tuple[int, Callable[[str, Path, bool], tuple[Images, Images]]]] = {
+    "mnist": (10, _read_mnist),
+    "cifar10": (10, _read_cifar),
+    "cifar100": (100, _read_cifar),
+    "svhn": (10, _read_svhn),
+}
+
+
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (C, 1, 1) mean and std of pixels in [0, 1], one channel at a time to keep memory small."""
+    statistics = [torch.std_mean(images[:, c].float() / 255, correction=0) for c in range(images.shape[1])]
+    std, mean = (torch.stack(values).view(-1, 1, 1) for values in zip(*statistics, strict=True))
+    return mean, torch.where(std > 0, std, 1.0)
+
+
+def _load_images(name: str, root: Path, download: bool, seed: int, valid_size: int) -> Dataset:
+    classes, read = _IMAGES[name]
+    (images, labels), (test_images, test_labels) = read(name, root, download)
+    n = len(images)
+    if not 1 <= valid_size < n:
+        raise ValueError(f"valid_size={valid_size} must be between 1 and {n - 1}: {name} has {n} training images")
+    train, valid = map(torch.from_numpy, train_test_split(np.arange(n), test_size=valid_size, random_state=seed))
+
+    train_images = images[train]
+    mean, std = _channel_statistics(train_images)
+    test_indices = torch.arange(n, n + len(test_images))
+    return Dataset(
+        name,
+        "classification",
+        Split(train_images, labels[train], train, mean, std),
+        Split(images[valid], labels[valid], valid, mean, std),
+        Split(test_images, test_labels, test_indices, mean, std),
+        classes,
+        tuple(images.shape[1:]),
+    )
