@@ -1,5 +1,7 @@
 """Data sets as tensors in memory, split into train, valid and test, and a seeded, resumable batch sampler.
 
+For example::
+
     data = load_dataset("digits", seed=0)
     batches = BatchSampler(len(data.train), batch_size=100, seed=0)
     inputs, targets = data.train[next(batches)]
@@ -8,21 +10,21 @@ Three promises hold for every data set: the three splits share no row and togeth
 estimated (means, standard deviations) is estimated on the train split alone; and a file is read only if it is there
 and, where a checksum is known, intact. Nothing is downloaded unless asked for.
 
-============  ==============  =========================================  ================================
-name          kind            source                                     read from, below ``root``
-============  ==============  =========================================  ================================
-digits        classification  scikit-learn                               (bundled)
-iris          classification  scikit-learn                               (bundled)
-wine          classification  scikit-learn                               (bundled)
-breast_cancer classification  scikit-learn                               (bundled)
-diabetes      regression      scikit-learn                               (bundled)
-california    regression      ``sklearn.datasets``                       ``cal_housing_py3.pkz``
-communities   regression      UCI, Communities and Crime                 ``communities/communities.data``
-mnist         classification  ``torchvision.datasets.MNIST``             ``MNIST/raw/``
-cifar10       classification  ``torchvision.datasets.CIFAR10``           ``cifar-10-batches-py/``
-cifar100      classification  ``torchvision.datasets.CIFAR100``          ``cifar-100-python/``
-svhn          classification  ``torchvision.datasets.SVHN``              ``{train,test}_32x32.mat``
-============  ==============  =========================================  ================================
+=============  ==============  ==================================  ================================
+name           kind            source                              read from, below ``root``
+=============  ==============  ==================================  ================================
+digits         classification  scikit-learn                        (bundled)
+iris           classification  scikit-learn                        (bundled)
+wine           classification  scikit-learn                        (bundled)
+breast_cancer  classification  scikit-learn                        (bundled)
+diabetes       regression      scikit-learn                        (bundled)
+california     regression      ``sklearn.datasets``                ``cal_housing_py3.pkz``
+communities    regression      UCI, Communities and Crime          ``communities/communities.data``
+mnist          classification  ``torchvision.datasets.MNIST``      ``MNIST/raw/``
+cifar10        classification  ``torchvision.datasets.CIFAR10``    ``cifar-10-batches-py/``
+cifar100       classification  ``torchvision.datasets.CIFAR100``   ``cifar-100-python/``
+svhn           classification  ``torchvision.datasets.SVHN``       ``{train,test}_32x32.mat``
+=============  ==============  ==================================  ================================
 """
 
 from __future__ import annotations
@@ -314,7 +316,7 @@ _TABLES = {
 
 
 def _standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Fill NaN with column means, then scale to mean 0 and std 1, all over ``train`` rows; constant columns become 0."""
+    """Fill NaN with the mean, scale to mean 0 and std 1, all by the ``train`` rows; constant columns become 0."""
     values = np.where(np.isnan(values), np.nanmean(values[train], axis=0), values)
     constant = np.ptp(values[train], axis=0) == 0
     mean, std = values[train].mean(axis=0), np.where(constant, 1.0, values[train].std(axis=0))

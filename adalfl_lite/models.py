@@ -1,24 +1,26 @@
 """The base models: small networks for tables and digits, and the standard image classifiers at CIFAR size.
 
+For example::
+
     model = build_model("lenet5", input_shape=(1, 28, 28), outputs=10)
 
-Every model maps a float batch (B, *input_shape) to raw outputs (B, outputs): logits, or predictions in regression.
+Every model maps a float batch ``(B, *input_shape)`` to raw outputs (B, outputs): logits, or predictions in regression.
 None uses in-place activations or dropout, so a forward-mode pass over the same batch sees the same function.
 
-=========  ==============  ===============  ==========
-name       input           outputs          parameters
-=========  ==============  ===============  ==========
-linear     (784,)          10                    7,850
-mlp64      (64,)           10                    4,810
-mlp        (1, 28, 28)     10                1,796,010
-lenet5     (1, 28, 28)     10                   44,426
-allcnn_c   (3, 32, 32)     10                1,372,254
-squeezenet (3, 32, 32)     10                  734,986
-wrn16_8    (3, 32, 32)     10               10,961,370
-resnet18   (3, 32, 32)     10               11,173,962
-vgg16      (3, 32, 32)     10               14,728,266
-wrn28_10   (3, 32, 32)     100              36,536,884
-=========  ==============  ===============  ==========
+==========  ===========  =======  ==========
+name        input        outputs  parameters
+==========  ===========  =======  ==========
+linear      (784,)            10       7,850
+mlp64       (64,)             10       4,810
+mlp         (1, 28, 28)       10   1,796,010
+lenet5      (1, 28, 28)       10      44,426
+allcnn_c    (3, 32, 32)       10   1,372,254
+squeezenet  (3, 32, 32)       10     734,986
+wrn16_8     (3, 32, 32)       10  10,961,370
+resnet18    (3, 32, 32)       10  11,173,962
+vgg16       (3, 32, 32)       10  14,728,266
+wrn28_10    (3, 32, 32)      100  36,536,884
+==========  ===========  =======  ==========
 """
 
 from __future__ import annotations
