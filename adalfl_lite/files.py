@@ -1,0 +1,61 @@
+"""Files that are either whole or absent: written beside their destination, then moved over it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path`` (made if missing); move it to ``path`` if the block succeeds.
+
+    A block that raises leaves an earlier file at ``path`` untouched and no temporary file behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_save(payload: Any, path: str | os.PathLike) -> None:
+    """``torch.save(payload, path)``, atomically. The payload must be loadable with ``weights_only=True``."""
+    with atomic_path(path) as temporary:
+        torch.save(payload, temporary)
+
+
+def load_payload(path: str | os.PathLike, format: str) -> dict:
+    """Load a dictionary written by :func:`atomic_save` whose "format" entry equals ``format``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, foreign, or of another format or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        payload = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many types for damaged and foreign files
+        raise ValueError(f"{path} cannot be read as a {format} file: it is damaged or not one of ours") from error
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if found != format:
+        raise ValueError(f"{path} holds format {found!r}, expected {format!r}; write it again with this version")
+    return payload

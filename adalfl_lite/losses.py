@@ -1,0 +1,279 @@
+"""Loss networks M_φ, and the task losses L_T they are meta-learned against.
+
+A loss network is a small multilayer perceptron ℓ_φ : ℝ² → ℝ, applied to each output separately and averaged
+(paper, section "Loss Function Representation"):
+
+    M_φ(y, f) = 1/(B·C) Σ_b Σ_c ℓ_φ(y_bc, p_bc)                                                          (1)
+
+with y the one-hot target and p = softmax(f) in classification, and y the target and p = f in regression.
+
+In regression nothing in (1) ties the minimum of a learned loss to p = y. An *anchored* network replaces ℓ_φ by its
+remainder above the tangent at the target, the Bregman form
+
+    ℓ_φ(y, p) − ℓ_φ(y, y) − ∂_p ℓ_φ(y, y) (p − y),                                                       (2)
+
+whose value and slope vanish at p = y for every φ. This is our addition, not the paper's.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adalfl_lite.files import atomic_save, load_payload
+
+KINDS = ("classification", "regression")
+FORMAT = "adalfl-loss-network-1"
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_kind(kind: str) -> str:
+    """Return ``kind`` if it is "classification" or "regression", else raise ``ValueError``."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    return kind
+
+
+def task_loss(kind: str) -> Loss:
+    """L_T: mean cross-entropy of logits (B, C) and classes (B,), or mean squared error of (B, K) and (B, K)."""
+    return F.cross_entropy if check_kind(kind) == "classification" else F.mse_loss
+
+
+def task_error(kind: str) -> Loss:
+    """What is reported: the error rate in [0, 1] for classification, the mean squared error for regression."""
+    return _error_rate if check_kind(kind) == "classification" else F.mse_loss
+
+
+def _error_rate(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction.argmax(-1) != target).float().mean()
+
+
+class SmoothLeakyReLU(nn.Module):
+    """φ(x) = (1 − γ)/β · log(1 + e^{βx}) + γx: smooth, unbounded, slope γ on the far left and 1 on the far right.
+
+    Unlike a softplus it never flattens: its slope is at least γ, so a loss built from it keeps a gradient everywhere
+    (paper, section on the loss network's activation).
+
+    Args:
+        beta: β > 0, the sharpness of the bend at zero; β → ∞ gives the leaky ReLU.
+        gamma: 0 <= γ < 1, the slope on the left.
+    """
+
+    def __init__(self, beta: float = 10.0, gamma: float = 0.01):
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, got {beta}")
+        if not 0 <= gamma < 1:
+            raise ValueError(f"gamma must lie in [0, 1), got {gamma}")
+        self.beta, self.gamma = beta, gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply φ elementwise."""
+        return (1 - self.gamma) * F.softplus(x, self.beta) + self.gamma * x
+
+    def extra_repr(self) -> str:
+        """Show β and γ in ``print(network)``."""
+        return f"beta={self.beta}, gamma={self.gamma}"
+
+
+class LossNetwork(nn.Module):
+    """M_φ, equation (1): a learned loss. Called like any torch loss, ``loss_network(prediction, target)``.
+
+    Build it with :meth:`classification`, :meth:`regression` or :meth:`ml3`; the constructor exposes every choice.
+
+    Args:
+        kind: "classification" or "regression".
+        hidden: widths of the hidden layers; the paper has two layers of 40.
+        activation: "smooth_leaky_relu" (paper) or "relu" (ML³).
+        output_activation: "smooth_leaky_relu", "softplus" (ML³) or "identity".
+        beta, gamma: of the smooth leaky ReLU, see :class:`SmoothLeakyReLU`.
+        bias: whether the layers have biases.
+        anchored: use the Bregman form, equation (2).
+        reduction: "mean" over the outputs (equation 1) or "sum" over them (ML³); always the mean over the batch.
+        generator: draws the Xavier-uniform initial weights; the global generator if None.
+
+    Raises:
+        ValueError: an unknown choice, named.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        hidden: tuple[int, ...] = (40, 40),
+        activation: str = "smooth_leaky_relu",
+        output_activation: str = "smooth_leaky_relu",
+        beta: float = 10.0,
+        gamma: float = 0.01,
+        bias: bool = False,
+        anchored: bool = False,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        check_kind(kind)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.kind, self.reduction, self.anchored = kind, reduction, anchored
+        self._config = {
+            "kind": kind,
+            "hidden": list(hidden),
+            "activation": activation,
+            "output_activation": output_activation,
+            "beta": beta,
+            "gamma": gamma,
+            "bias": bias,
+            "anchored": anchored,
+            "reduction": reduction,
+        }
+        widths = [2, *hidden, 1]
+        layers: list[nn.Module] = []
+        for position, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            layer = nn.Linear(fan_in, fan_out, bias=bias)
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            if bias:
+                nn.init.zeros_(layer.bias)
+            last = position == len(widths) - 2
+            layers += [layer, _activation(output_activation if last else activation, beta, gamma)]
+        self.network = nn.Sequential(*layers)
+
+    @classmethod
+    def classification(cls, **options) -> LossNetwork:
+        """The paper's loss network over (one-hot target, softmax probability)."""
+        return cls("classification", **options)
+
+    @classmethod
+    def regression(cls, **options) -> LossNetwork:
+        """The loss network over (target, prediction), anchored at the target unless ``anchored=False`` (the paper)."""
+        return cls("regression", **{"anchored": True, **options})
+
+    @classmethod
+    def ml3(cls, kind: str, **options) -> LossNetwork:
+        """The loss network of ML³ (Bechtle et al. 2021): 2-50-50-1, ReLU, Softplus output, sum over the outputs."""
+        defaults = {
+            "hidden": (50, 50),
+            "activation": "relu",
+            "output_activation": "softplus",
+            "reduction": "sum",
+            "bias": True,
+        }
+        return cls(kind, **{**defaults, **options})
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """M_φ of a batch, a scalar.
+
+        Args:
+            prediction: raw model output f: logits (B, C), or predictions (B, K) (or (B,), read as (B, 1)).
+            target: classes (B,), int64, each in [0, C); or float (B, K).
+
+        Raises:
+            ValueError: shapes or dtypes do not fit; the message gives both.
+        """
+        return self._reduce(self.elementwise(prediction, target))
+
+    def elementwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """ℓ_φ(y_bc, p_bc) of every example and output, shape (B, C), before it is averaged."""
+        outputs, targets = self._pairs(prediction, target)
+        return self.pointwise(outputs, targets)
+
+    def pointwise(self, output: Tensor, target: Tensor) -> Tensor:
+        """ℓ_φ(target, output) on tensors of equal (or broadcastable) shape: the bare two-argument function.
+
+        In classification ``output`` is a probability and ``target`` 0 or 1.
+        """
+        output, target = torch.broadcast_tensors(output, target)
+        losses = self._network(target, output)
+        if not self.anchored:
+            return losses
+        value, slope = torch.func.jvp(lambda p: self._network(target, p), (target,), (torch.ones_like(target),))
+        return losses - value - slope * (output - target)
+
+    @torch.no_grad()
+    def grid(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """ℓ_φ on a grid: (T, P) for targets of shape (T,) and outputs of shape (P,)."""
+        reference = next(self.parameters())
+        return self.pointwise(outputs.to(reference)[None, :], targets.to(reference)[:, None])
+
+    def clone(self) -> LossNetwork:
+        """An independent copy with the same φ."""
+        return copy.deepcopy(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write φ and the architecture to ``path``, atomically."""
+        atomic_save({"format": FORMAT, "config": self._config, "state": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> LossNetwork:
+        """Read a loss network written by :meth:`save`, onto the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged or not a loss network.
+        """
+        payload = load_payload(path, FORMAT)
+        try:
+            config = {**payload["config"], "hidden": tuple(payload["config"]["hidden"])}
+            network = cls(**config)
+            state = payload["state"]
+            network.to(next(iter(state.values())).dtype).load_state_dict(state)
+        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
+            raise ValueError(f"{path} is not a whole loss network: {error}") from error
+        return network
+
+    def _network(self, target: Tensor, output: Tensor) -> Tensor:
+        return self.network(torch.stack([target, output], dim=-1)).squeeze(-1)
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        return losses.mean() if self.reduction == "mean" else losses.sum() / losses.shape[0]
+
+    def _pairs(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = next(self.parameters()).dtype
+        if self.kind == "classification":
+            check_classification(prediction, target)
+            # compared with arange, because F.one_hot does not vmap
+            one_hot = target[:, None] == torch.arange(prediction.shape[1], device=target.device)
+            return prediction.to(dtype).softmax(-1), one_hot.to(dtype)
+        check_regression(prediction, target)
+        return prediction.to(dtype), target.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Show the kind, the reduction and the anchor in ``print(network)``."""
+        return f"kind={self.kind!r}, reduction={self.reduction!r}, anchored={self.anchored}"
+
+
+def check_classification(prediction: Tensor, target: Tensor) -> None:
+    """Raise ``ValueError`` unless ``prediction`` is (B, C) floating point and ``target`` (B,) int64."""
+    if prediction.ndim != 2 or not prediction.is_floating_point():
+        raise ValueError(
+            f"classification needs logits of shape (B, C), got {tuple(prediction.shape)} of {prediction.dtype}"
+        )
+    if target.shape != prediction.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"classification needs int64 class indices of shape ({prediction.shape[0]},), "
+            f"got {tuple(target.shape)} of {target.dtype}"
+        )
+
+
+def check_regression(prediction: Tensor, target: Tensor) -> None:
+    """Raise ``ValueError`` unless both are floating point and of one shape, (B, K) or (B,)."""
+    if prediction.shape != target.shape or prediction.ndim not in (1, 2):
+        raise ValueError(
+            f"regression needs prediction and target of one shape (B, K), "
+            f"got {tuple(prediction.shape)} and {tuple(target.shape)}"
+        )
+    if not (prediction.is_floating_point() and target.is_floating_point()):
+        raise ValueError(f"regression needs floating-point tensors, got {prediction.dtype} and {target.dtype}")
+
+
+def _activation(name: str, beta: float, gamma: float) -> nn.Module:
+    if name == "smooth_leaky_relu":
+        return SmoothLeakyReLU(beta, gamma)
+    if name in ("relu", "softplus", "identity"):
+        return {"relu": nn.ReLU, "softplus": nn.Softplus, "identity": nn.Identity}[name]()
+    raise ValueError(f"activation must be smooth_leaky_relu, relu, softplus or identity; got {name!r}")

@@ -1,0 +1,1 @@
+"""Diagnostics of learned losses and of training, for any model and any loss."""
