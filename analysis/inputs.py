@@ -1,0 +1,69 @@
+"""What every diagnostic shares: leave the model as it was found, and refuse data that cannot be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""A loss: (prediction, target) -> scalar tensor."""
+
+Batch = tuple[Tensor, Tensor]
+"""(inputs, targets)."""
+
+
+@contextmanager
+def preserved(model: nn.Module, training: bool | None = None) -> Iterator[nn.Module]:
+    """Run a block with ``model`` and put it back exactly: values, buffers, modes, requires_grad, grads, random state.
+
+    Args:
+        model: any module.
+        training: put the whole model in train (True) or eval (False) mode for the block; None leaves the modes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p, *_ in parameters if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if training is not None:
+                model.train(training)
+            yield model
+        finally:
+            with torch.no_grad():
+                for parameter, value, requires_grad, grad in parameters:
+                    if not torch.equal(parameter, value):
+                        parameter.copy_(value)
+                    parameter.requires_grad_(requires_grad)
+                    parameter.grad = grad
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
+
+
+def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
+    """Iterate over one (inputs, targets) pair of tensors, or over a loader of such pairs, checking each.
+
+    Raises:
+        ValueError: there is no batch, a batch is not a pair of equally long tensors, or it holds NaN or infinity.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        data = [data]
+    position = -1
+    for position, batch in enumerate(data):
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
+            raise ValueError(f"batch {position} must be a pair of tensors (inputs, targets), got {type(batch).__name__}")
+        inputs, targets = batch
+        if len(inputs) != len(targets) or len(inputs) == 0:
+            raise ValueError(f"batch {position} has {len(inputs)} inputs and {len(targets)} targets")
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"batch {position}: {name} hold NaN or infinity; clean the data first")
+        yield inputs, targets
+    if position < 0:
+        raise ValueError("no data: the loader or list of batches is empty")
