@@ -57,7 +57,7 @@ def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
     position = -1
     for position, batch in enumerate(data):
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
-            raise ValueError(f"batch {position} must be a pair of tensors (inputs, targets), got {type(batch).__name__}")
+            raise ValueError(f"batch {position} must be two tensors (inputs, targets), got {type(batch).__name__}")
         inputs, targets = batch
         if len(inputs) != len(targets) or len(inputs) == 0:
             raise ValueError(f"batch {position} has {len(inputs)} inputs and {len(targets)} targets")
