@@ -93,6 +93,10 @@ class Split:
             inputs = (inputs.float() / 255 - self.mean) / self.std
         return inputs, self.targets[rows]
 
+    def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw endless (inputs, targets) batches in the order of :class:`BatchSampler`."""
+        return (self[rows] for rows in BatchSampler(len(self), batch_size, seed))
+
     def to(self, device: torch.device | str) -> Split:
         """Return the split with its tensors on ``device``."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if value is not None}

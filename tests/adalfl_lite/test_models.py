@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp
+from torch.utils.flop_counter import FlopCounterMode
 
 from adalfl_lite.models import build_model, model_names
 
@@ -30,6 +31,31 @@ def test_parameter_counts(name: str, input_shape: tuple[int, ...], outputs: int,
     with torch.device("meta"):
         model = build_model(name, input_shape=input_shape, outputs=outputs)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+MULTIPLY_ADDS = [
+    ("lenet5", 281_640),
+    ("squeezenet", 52_543_488),
+    ("allcnn_c", 270_798_336),
+    ("vgg16", 313_201_664),
+    ("resnet18", 555_422_720),
+    ("wrn16_8", 1_548_145_664),
+    ("wrn28_10", 5_243_386_368),
+]
+
+
+@pytest.mark.parametrize(("name", "multiply_adds"), MULTIPLY_ADDS)
+def test_multiply_adds_per_image(name: str, multiply_adds: int) -> None:
+    """The counts add up output positions x inputs x outputs over all layers by hand, so they pin strides and pooling.
+
+    Parameter counts do not: they stay the same when a network pools too early and computes less.
+    """
+    input_shape, outputs = next((shape, outputs) for model, shape, outputs, _ in COUNTS if model == name)
+    with torch.device("meta"):
+        model = build_model(name, input_shape=input_shape, outputs=outputs)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(2, *input_shape))
+    assert counter.get_total_flops() == 2 * 2 * multiply_adds  # two images, two operations each
 
 
 def test_every_model_has_a_count() -> None:
