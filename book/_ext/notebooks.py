@@ -1,8 +1,8 @@
-"""Offer each chapter as the notebook that the build executed: a download and, once published, a button that opens it in Colab.
+"""Offer each chapter as the executed notebook: a download and, once published, a button that opens it in Colab.
 
-The theme's own Colab button points at the chapter's Markdown source, which Colab cannot open. Ours points at the executed notebook
-on the branch `gh-pages`, and appears only where the build knows its repository (GITHUB_REPOSITORY, which GitHub's runners set).
-Thebe, which the theme loads although the book offers no live cells, is dropped here too.
+The theme's own Colab button points at the chapter's Markdown source, which Colab cannot open. Ours points at the
+executed notebook on the branch `gh-pages`, and appears only where the build knows its repository (GITHUB_REPOSITORY,
+which GitHub's runners set). Thebe, which the theme loads although the book offers no live cells, is dropped here too.
 """
 
 import os

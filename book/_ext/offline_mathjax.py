@@ -1,7 +1,8 @@
 """Serve MathJax from the book itself, so that formulas need no network.
 
-The files come from the `sphinx-mathjax-offline` package. Its own extension picks the CHTML output, which needs fonts beside it,
-and copies all of its 24 MB; the SVG output with every TeX extension is one file, and the rest is what its accessibility menu loads.
+The files come from the `sphinx-mathjax-offline` package. Its own extension picks the CHTML output, which needs fonts
+beside it, and copies all of its 24 MB; the SVG output with every TeX extension is one file, and the rest is what its
+accessibility menu loads.
 """
 
 from functools import partial

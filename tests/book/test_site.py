@@ -1,0 +1,218 @@
+"""The built book in a browser, with the network off: every page at the width of a desktop and of a phone."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urldefrag
+
+import pytest
+from playwright.sync_api import Browser, Error, Page, sync_playwright
+
+HTML = Path(__file__).parents[2] / "book" / "_build" / "html"
+WIDTHS = (1280, 390)
+CI = bool(os.environ.get("CI"))
+
+# What one page says about itself, once its formulas are set.
+EXAMINE = """async () => {
+  if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
+  const all = selector => [...document.querySelectorAll(selector)];
+  const math = all("span.math, div.math");
+  return {
+    title: document.title,
+    ids: all("[id]").map(e => e.id),
+    links: all("a[href]").map(a => a.href),
+    formulas: math.length,
+    raw_math: math.filter(e => !e.querySelector("mjx-container svg")).map(e => e.textContent.slice(0, 60)),
+    bad_math: all("[data-mml-node=merror]").map(e => e.closest("mjx-container").textContent.slice(0, 60)),
+    no_alt: all("img").filter(e => !e.alt.trim()).map(e => e.src),
+    broken_images: all("img").filter(e => e.complete && e.naturalWidth === 0).map(e => e.src),
+    overflow: document.scrollingElement.scrollWidth - window.innerWidth,
+    search_fields: all("input[type=search]").filter(e => e.checkVisibility()).length,
+  };
+}"""
+
+
+@dataclass
+class Visit:
+    """One page at one width: what it said, and what went wrong on the way."""
+
+    page: str
+    width: int
+    facts: dict = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    external: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.page} at {self.width} px"
+
+    def watch(self, page: Page, base: str) -> None:
+        """Note the errors and failed requests of a browser page, and keep it from leaving this machine."""
+
+        def note_console(message) -> None:
+            if message.type == "error":
+                self.errors.append(message.text)
+
+        def note_response(response) -> None:
+            if not response.ok:
+                self.failed.append(f"{response.status} {response.url}")
+
+        def refuse_external(route) -> None:
+            if route.request.url.startswith(base):
+                route.continue_()
+            else:
+                self.external.append(route.request.url)
+                route.abort()
+
+        page.on("console", note_console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("response", note_response)
+        page.route(lambda url: not url.startswith(("data:", "blob:")), refuse_external)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files without a line per request."""
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def visit_all(browser: Browser, folder: Path) -> list[Visit]:
+    """Serve a folder on this machine only, and open each of its pages at each width."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder))
+    Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}/"
+    visits = []
+    try:
+        for width in WIDTHS:
+            context = browser.new_context(viewport={"width": width, "height": 900})
+            for file in sorted(folder.rglob("*.html")):
+                page_name = file.relative_to(folder).as_posix()
+                if page_name.startswith("_static/") or is_redirect(file):
+                    continue
+                visit = Visit(page_name, width)
+                page = context.new_page()
+                visit.watch(page, base)
+                page.goto(base + page_name, wait_until="load")
+                visit.facts = page.evaluate(EXAMINE)
+                visit.facts["links"] = [link.removeprefix(base) for link in visit.facts["links"]]
+                page.close()
+                visits.append(visit)
+            context.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+    return visits
+
+
+def is_redirect(file: Path) -> bool:
+    return 'http-equiv="refresh"' in file.read_text(encoding="utf-8").lower()
+
+
+def dead_links(visits: list[Visit], folder: Path) -> list[str]:
+    """The links of a site to its own files and anchors that lead nowhere."""
+    ids = {visit.page: set(visit.facts["ids"]) for visit in visits}
+    dead = []
+    for visit in visits:
+        for link in set(visit.facts["links"]):
+            if "://" in link or link.startswith(("mailto:", "javascript:", "data:")):
+                continue
+            path, anchor = (unquote(part) for part in urldefrag(link))
+            path = path.split("?")[0] or "index.html"
+            if not (folder / path).is_file() or (anchor and path in ids and anchor not in ids[path]):
+                dead.append(f"{visit}: {link}")
+    return dead
+
+
+def missing(what: str) -> None:
+    """Without its means a check is skipped for a reader and fails where it must run."""
+    (pytest.fail if CI else pytest.skip)(what)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        missing("no Chromium on the PATH: install your system's package to test the book in a browser")
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(
+                executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+            )
+        except Error as error:
+            missing(f"{executable} does not start: {error}")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def book(browser) -> list[Visit]:
+    if not (HTML / "index.html").is_file():
+        missing("the book is not built: run `make book` first")
+    return visit_all(browser, HTML)
+
+
+def test_pages_load_without_errors(book):
+    assert {visit.width for visit in book} == set(WIDTHS)
+    assert not {str(visit): visit.errors for visit in book if visit.errors}
+    assert not {str(visit): visit.failed for visit in book if visit.failed}
+
+
+def test_nothing_comes_from_the_network(book):
+    assert not {str(visit): visit.external for visit in book if visit.external}
+
+
+def test_formulas_are_typeset(book):
+    assert sum(visit.facts["formulas"] for visit in book) > 0
+    assert not {str(visit): visit.facts["raw_math"] for visit in book if visit.facts["raw_math"]}
+    assert not {str(visit): visit.facts["bad_math"] for visit in book if visit.facts["bad_math"]}
+
+
+def test_images_load_and_have_alternative_texts(book):
+    assert not {str(visit): visit.facts["no_alt"] for visit in book if visit.facts["no_alt"]}
+    assert not {str(visit): visit.facts["broken_images"] for visit in book if visit.facts["broken_images"]}
+
+
+def test_pages_fit_the_screen(book):
+    assert not {str(visit): visit.facts["overflow"] for visit in book if visit.facts["overflow"] > 1}
+
+
+def test_one_search_field_at_most(book):
+    assert not {str(visit): n for visit in book if (n := visit.facts["search_fields"]) > 1}
+
+
+def test_links_lead_somewhere(book):
+    assert not dead_links(book, HTML)
+
+
+def test_every_fault_is_seen(browser, tmp_path):
+    """The checks above see what they look for: a page with one fault of each kind has them all reported."""
+    (tmp_path / "page.html").write_text(
+        """<!doctype html><title>Faults</title><body>
+        <script>console.error("a message")</script><script>undefined_function()</script>
+        <script src="missing.js"></script><script src="https://network.invalid/script.js"></script>
+        <span class="math">\\(x\\)</span><mjx-container>y<g data-mml-node="merror"></g></mjx-container>
+        <img src="missing.png"><input type="search"><input type="search">
+        <div style="width: 2000px">wide</div><a href="gone.html">gone</a><a href="#gone">gone</a><a href="#here">ok</a>
+        <p id="here"></p></body>"""
+    )
+    desktop, phone = visits = visit_all(browser, tmp_path)
+    for visit in visits:
+        assert any("a message" in error for error in visit.errors)
+        assert any("undefined_function" in error for error in visit.errors)
+        assert {url.rpartition("/")[2] for url in visit.failed} >= {"missing.js", "missing.png"}
+        assert visit.external == ["https://network.invalid/script.js"]
+        assert visit.facts["raw_math"] and visit.facts["bad_math"]
+        assert visit.facts["no_alt"] and visit.facts["broken_images"]
+        assert visit.facts["search_fields"] == 2
+    assert desktop.facts["overflow"] >= 2000 - 1280 and phone.facts["overflow"] >= 2000 - 390
+    assert sorted({link.rpartition(": ")[2] for link in dead_links(visits, tmp_path)}) == [
+        "gone.html",
+        "page.html#gone",
+    ]
