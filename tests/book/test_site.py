@@ -32,6 +32,7 @@ EXAMINE = """async () => {
     no_alt: all("img").filter(e => !e.alt.trim()).map(e => e.src),
     broken_images: all("img").filter(e => e.complete && e.naturalWidth === 0).map(e => e.src),
     overflow: document.scrollingElement.scrollWidth - window.innerWidth,
+    stderr: all(".output.stderr").map(e => e.textContent.slice(0, 200)),
     search_fields: all("input[type=search]").filter(e => e.checkVisibility()).length,
   };
 }"""
@@ -183,6 +184,10 @@ def test_pages_fit_the_screen(book):
     assert not {str(visit): visit.facts["overflow"] for visit in book if visit.facts["overflow"] > 1}
 
 
+def test_chapters_ran_without_a_warning(book):
+    assert not {str(visit): visit.facts["stderr"] for visit in book if visit.facts["stderr"]}
+
+
 def test_one_search_field_at_most(book):
     assert not {str(visit): n for visit in book if (n := visit.facts["search_fields"]) > 1}
 
@@ -200,7 +205,7 @@ def test_every_fault_is_seen(browser, tmp_path):
         <span class="math">\\(x\\)</span><mjx-container>y<g data-mml-node="merror"></g></mjx-container>
         <img src="missing.png"><input type="search"><input type="search">
         <div style="width: 2000px">wide</div><a href="gone.html">gone</a><a href="#gone">gone</a><a href="#here">ok</a>
-        <p id="here"></p></body>"""
+        <p id="here"></p><div class="output stderr">UserWarning</div></body>"""
     )
     desktop, phone = visits = visit_all(browser, tmp_path)
     for visit in visits:
@@ -210,6 +215,7 @@ def test_every_fault_is_seen(browser, tmp_path):
         assert visit.external == ["https://network.invalid/script.js"]
         assert visit.facts["raw_math"] and visit.facts["bad_math"]
         assert visit.facts["no_alt"] and visit.facts["broken_images"]
+        assert visit.facts["stderr"] == ["UserWarning"]
         assert visit.facts["search_fields"] == 2
     assert desktop.facts["overflow"] >= 2000 - 1280 and phone.facts["overflow"] >= 2000 - 390
     assert sorted({link.rpartition(": ")[2] for link in dead_links(visits, tmp_path)}) == [
