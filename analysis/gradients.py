@@ -1,0 +1,345 @@
+"""Gradients: their size per layer, their noise, their agreement, and each example's influence on the task loss.
+
+All functions take any model and any loss (prediction, target) -> scalar that is a mean over the batch, and leave the
+model as it was. Batches are moved to the model's device. Parameters with ``requires_grad=False`` take no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from analysis.inputs import Batch, Loss, as_batches, preserved
+
+Data = Batch | Iterable[Batch]
+State = Mapping[str, Tensor]
+"""Parameters and buffers by name, as ``model.state_dict()`` gives them."""
+
+
+def mean_gradients(model: nn.Module, losses: Sequence[Loss], data: Data, state: State | None = None) -> list[State]:
+    """∇_θ of each loss, a mean over the batches of ``data`` weighted by their length, from one forward pass per batch.
+
+    The losses share the forward pass, so they see the same dropout masks. The model runs in the modes it is in.
+
+    Args:
+        model: f_θ.
+        losses: each (prediction, target) -> scalar.
+        data: one (inputs, targets) pair or a loader.
+        state: parameters and buffers to use instead of the model's; names that are missing keep the model's.
+
+    Returns:
+        For each loss, {parameter name: gradient}, zero where the loss does not depend on a parameter.
+
+    Raises:
+        ValueError: bad data, a loss that is not a finite scalar, or no parameter that requires a gradient.
+    """
+    with preserved(model), torch.enable_grad():
+        parameters, buffers = split_state(model, state)
+        leaves = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+        totals = [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in losses]
+        count = 0
+        for inputs, targets in on_device(data, model):
+            prediction = functional_call(model, {**buffers, **leaves}, (inputs,))
+            for loss, total in zip(losses, totals, strict=True):
+                value = loss(prediction, targets)
+                if value.ndim or not torch.isfinite(value):
+                    raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+                found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, materialize_grads=True)
+                for name, gradient in zip(leaves, found, strict=True):
+                    total[name] += len(inputs) * gradient
+            count += len(inputs)
+    return [{name: gradient / count for name, gradient in total.items()} for total in totals]
+
+
+def layers(model: nn.Module) -> dict[str, list[str]]:
+    """{layer: names of its parameters that require a gradient}; a layer is the module that owns the parameters."""
+    owned: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owned.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return owned
+
+
+def flat(gradient: State, names: Iterable[str] | None = None) -> Tensor:
+    """The named entries of a gradient (all of them if None) as one float64 vector."""
+    return torch.cat([gradient[name].detach().double().flatten() for name in (names or gradient)])
+
+
+def gradient_norms(model: nn.Module, loss: Loss, data: Data, state: State | None = None) -> pd.DataFrame:
+    """‖∇_θ loss‖ per layer, beside ‖θ‖ and the ratio of the two.
+
+    Returns:
+        DataFrame with one row per layer: layer, parameters (their number), gradient_norm, weight_norm, ratio.
+    """
+    (gradient,) = mean_gradients(model, [loss], data, state)
+    weights, _ = split_state(model, state)
+    rows = []
+    for layer, names in layers(model).items():
+        g, w = flat(gradient, names).norm().item(), flat(weights, names).norm().item()
+        parameters = sum(gradient[name].numel() for name in names)
+        ratio = g / w if w else float("nan")
+        rows.append({"layer": layer, "parameters": parameters, "gradient_norm": g, "weight_norm": w, "ratio": ratio})
+    return pd.DataFrame(rows)
+
+
+def gradient_cosine(
+    model: nn.Module, loss: Loss, train: Data, valid: Data, valid_loss: Loss | None = None, state: State | None = None
+) -> float:
+    """Cosine between the gradient of ``loss`` on ``train`` and of ``valid_loss`` (by default the same) on ``valid``.
+
+    Positive: a step down the first also descends the second, to first order. NaN if either gradient is zero.
+    """
+    (first,) = mean_gradients(model, [loss], train, state)
+    (second,) = mean_gradients(model, [valid_loss or loss], valid, state)
+    a, b = flat(first), flat(second)
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+def per_sample_gradients(
+    model: nn.Module, loss: Loss, batch: Batch, state: State | None = None, chunk_size: int = 32
+) -> Tensor:
+    """∇_θ of the loss on each example alone, (B, P), with the parameters in the order of ``model.named_parameters()``.
+
+    The model runs in eval mode: an example has a gradient of its own only where BatchNorm and dropout do not tie it to
+    the others. ``chunk_size`` examples are differentiated at once by torch.func.vmap.
+    """
+    chunks = _per_sample(model, loss, batch, state, chunk_size)
+    return torch.cat([torch.cat([g.flatten(1) for g in chunk.values()], dim=1) for chunk in chunks])
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """The mean and the spread of per-sample gradients, see :func:`gradient_noise`."""
+
+    squared_norm: float
+    """Unbiased estimate of |G|², G the expected gradient; it can be negative where noise hides G."""
+    trace: float
+    """Unbiased estimate of tr(Σ), Σ the covariance of a single example's gradient."""
+    noise_scale: float
+    """B = tr(Σ) / |G|², in examples; infinite where the estimate of |G|² is not positive."""
+    signal_to_noise: float
+    """|G| / √tr(Σ) of a single example; a batch of b has √b times as much. Zero where |G|² is not positive."""
+    examples: int
+    """The number N of examples."""
+
+
+def gradient_noise(
+    model: nn.Module, loss: Loss, data: Data, state: State | None = None, chunk_size: int = 32
+) -> GradientNoise:
+    r"""Signal-to-noise ratio of the gradient and the simple noise scale B = tr(Σ)/|G|² (McCandlish et al. 2018, §2.2).
+
+    From the gradients g_1 … g_N of single examples, with mean ḡ, the unbiased estimates are
+
+        tr(Σ) = 1/(N − 1) Σ_i ‖g_i − ḡ‖²,        |G|² = ‖ḡ‖² − tr(Σ)/N,
+
+    which are those of their appendix A.1 for batches of 1 and of N examples. (Their ratio B is not unbiased.) B is the
+    batch size at which noise and signal weigh the same: much smaller batches waste no examples, much larger ones do.
+
+    Args:
+        model: f_θ, run in eval mode as in :func:`per_sample_gradients`.
+        loss: (prediction, target) -> scalar, the mean over a batch of per-example losses.
+        data: one (inputs, targets) pair or a loader, at least two examples in all.
+        state: parameters and buffers to use instead of the model's.
+        chunk_size: examples differentiated at once; memory grows by one gradient per example in a chunk.
+
+    Raises:
+        ValueError: fewer than two examples, or data that cannot be meant.
+    """
+    means, scatters, count = _moments(model, loss, data, state, chunk_size)
+    return _noise(sum(m.square().sum().item() for m in means.values()), sum(scatters.values()), count)
+
+
+def gradient_noise_by_layer(
+    model: nn.Module, loss: Loss, data: Data, state: State | None = None, chunk_size: int = 32
+) -> pd.DataFrame:
+    """:func:`gradient_noise` of each layer's parameters, one row per layer: layer, then the fields of GradientNoise."""
+    means, scatters, count = _moments(model, loss, data, state, chunk_size)
+    rows = []
+    for layer, names in layers(model).items():
+        squared = sum(means[name].square().sum().item() for name in names)
+        rows.append({"layer": layer, **vars(_noise(squared, sum(scatters[name] for name in names), count))})
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What one step on a batch does to another batch's task loss, example by example, see :func:`influence`."""
+
+    prediction: Tensor
+    """f_θ(x_b), (B, C)."""
+    output_gradient: Tensor
+    """∂M/∂f_b, (B, C)."""
+    output_tangent: Tensor
+    """u_b = −α J_f(θ; x_b) v, (B, C)."""
+    influence: Tensor
+    """s_b = ⟨∂M/∂f_b, u_b⟩, (B,): the first-order change of the task loss that example b's part of the step causes."""
+
+
+def influence(
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    meta_data: Data,
+    task_loss: Loss,
+    learning_rate: float,
+    meta_state: State | None = None,
+) -> Influence:
+    r"""How each training example moves the task loss, and shapes a loss that is learned online.
+
+    Take one step of plain gradient descent on the training batch, θ' = θ − α ∇_θ M, with M = M(f(θ; x), y) the loss
+    that trains (learned or not) and α the learning rate, and let v = ∇L_T be the gradient of the task loss on
+    ``meta_data``. By the chain rule ∇_θ M = Σ_b J_bᵀ ∂M/∂f_b, with J_b = J_f(θ; x_b), so to first order in α
+
+        L_T(θ') − L_T(θ) ≈ ⟨v, θ' − θ⟩ = Σ_b ⟨∂M/∂f_b, −α J_b v⟩ = Σ_b ⟨∂M/∂f_b, u_b⟩ = Σ_b s_b .            (1)
+
+    s_b < 0 means that the step's part due to example b lowers the task loss, s_b > 0 that it raises it. The same number
+    read from the other side: u_b is how example b's output would move if θ took a step −αv down the *task* loss, so
+    Σ_b s_b is also the first-order change of M under that step.
+
+    If M = M_φ is learned, differentiating (1) along φ, with v held where it is taken, gives the meta-gradient
+
+        ∇_φ L_T = Σ_b ∇_φ ⟨∂M_φ/∂f_b, u_b⟩ ,                                                                  (2)
+
+    exact for v taken at θ' (``meta_state``): row u_b is all that the loss network learns of the model from example b.
+    The influences s_b are those of TracIn (Pruthi et al. 2020) with signs turned, summed over ``meta_data``.
+
+    Args:
+        model: f_θ before the step, run in the modes it is in.
+        loss: M, (prediction, target) -> scalar.
+        batch: the training batch (x, y).
+        meta_data: one (inputs, targets) pair or a loader, on which L_T is taken.
+        task_loss: L_T, (prediction, target) -> scalar.
+        learning_rate: α > 0. With Nesterov momentum μ the step that depends on this batch is α(1 + μ).
+        meta_state: state dict of θ', at which to take v; by default v is taken at θ.
+
+    Raises:
+        ValueError: bad data, a loss that is not finite, or a learning rate that is not positive.
+        NotImplementedError: the model has an operation without a forward-mode derivative.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    (v,) = mean_gradients(model, [task_loss], meta_data, meta_state)
+    ((inputs, targets),) = on_device([batch], model)
+    with preserved(model):
+        parameters, buffers = split_state(model, None)
+
+        def outputs(replaced: dict[str, Tensor]) -> Tensor:
+            own = {name: buffer.clone() for name, buffer in buffers.items()}
+            return functional_call(model, {**own, **replaced}, (inputs,))
+
+        w = {name: -learning_rate * v[name] for name in parameters}
+        with torch.no_grad():
+            prediction, tangent = jvp(outputs, (parameters,), (w,))[:2]
+    with torch.enable_grad():
+        leaf = prediction.detach().requires_grad_()
+        (output_gradient,) = torch.autograd.grad(loss(leaf, targets), leaf)
+    if not torch.isfinite(output_gradient).all():
+        raise ValueError("the gradient of the loss with respect to the prediction is not finite")
+    scores = (output_gradient * tangent).flatten(1).sum(1)
+    return Influence(leaf.detach(), output_gradient, tangent.detach(), scores.detach())
+
+
+def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Detached parameters that require a gradient, and copies of all else, from ``state`` or else from the model.
+
+    Raises:
+        ValueError: a name in ``state`` that the model does not know, or no parameter that requires a gradient.
+    """
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    if state is not None and (unknown := set(state) - set(model.state_dict(keep_vars=True))):
+        raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
+    values = {name: (state or {}).get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
+    trained = {name: values[name] for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient; unfreeze some with requires_grad_()")
+    return trained, {name: value.clone() for name, value in values.items() if name not in trained}
+
+
+def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
+    """The checked batches of ``data`` on the device of the model."""
+    device = next(model.parameters()).device
+    for inputs, targets in as_batches(data):
+        yield inputs.to(device), targets.to(device)
+
+
+def _per_sample(
+    model: nn.Module, loss: Loss, data: Data, state: State | None, chunk_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Per-sample gradients in chunks, {name: (chunk, *shape)}."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    parameters, buffers = split_state(model, state)
+
+    def loss_of_one(replaced: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(model, {**buffers, **replaced}, (x[None],)), y[None])
+
+    gradient = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+    for inputs, targets in on_device(data, model):
+        for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
+            with preserved(model, training=False):
+                chunk = gradient(parameters, x, y)
+            if not all(torch.isfinite(g).all() for g in chunk.values()):
+                raise ValueError("a per-sample gradient is not finite; check the loss and the data")
+            yield chunk
+
+
+def _moments(
+    model: nn.Module, loss: Loss, data: Data, state: State | None, chunk_size: int
+) -> tuple[dict[str, Tensor], dict[str, float], int]:
+    """Mean, Σ_i ‖g_i − ḡ‖² and number of per-sample gradients, merged over chunks in float64 (Chan et al. 1979)."""
+    means: dict[str, Tensor] = {}
+    scatters: dict[str, float] = {}
+    count = 0
+    for chunk in _per_sample(model, loss, data, state, chunk_size):
+        new = len(next(iter(chunk.values())))
+        for name, gradients in chunk.items():
+            gradients = gradients.double()
+            mean = gradients.mean(0)
+            shift = mean - means.get(name, torch.zeros_like(mean))
+            between = shift.square().sum() * count * new / (count + new)
+            scatters[name] = scatters.get(name, 0.0) + ((gradients - mean).square().sum() + between).item()
+            means[name] = means.get(name, torch.zeros_like(mean)) + shift * new / (count + new)
+        count += new
+    if count < 2:
+        raise ValueError(f"the noise of a gradient needs at least 2 examples, got {count}")
+    return means, scatters, count
+
+
+def _noise(squared_mean: float, scatter: float, count: int) -> GradientNoise:
+    trace = scatter / (count - 1)
+    squared = squared_mean - trace / count
+    noise_scale = trace / squared if squared > 0 else float("inf")
+    signal_to_noise = noise_scale**-0.5 if noise_scale > 0 else float("inf")
+    return GradientNoise(squared, trace, noise_scale, signal_to_noise, count)
+
+
+def plot_layers(frame: pd.DataFrame, ax: Axes | None = None, x: str = "gradient_norm", log: bool = True) -> Axes:
+    """One bar per layer, in the model's order: of :func:`gradient_norms` or of any frame with a column ``layer``.
+
+    Args:
+        frame: one row per layer.
+        ax: where to draw; the current axes if None.
+        x: the column to draw.
+        log: use a logarithmic axis.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> data = torch.randn(16, 2), torch.randint(3, (16,))
+        >>> ax = plot_layers(gradient_norms(model, nn.functional.cross_entropy, data))
+    """
+    missing = {"layer", x} - set(frame)
+    if missing:
+        raise ValueError(f"the frame lacks the column {', '.join(sorted(missing))}; it has {', '.join(frame)}")
+    ax = plt.gca() if ax is None else ax
+    colour = sns.color_palette("colorblind")[0]
+    sns.barplot(frame, x=x, y="layer", color=colour, errorbar=None, log_scale=log or None, ax=ax)
+    ax.set(xlabel=x.replace("_", " "), ylabel="")
+    return ax
