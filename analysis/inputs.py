@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A loss: (prediction, target) -> scalar tensor."""
@@ -44,6 +46,29 @@ def preserved(model: nn.Module, training: bool | None = None) -> Iterator[nn.Mod
                         buffer.copy_(value)
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def evaluation_copy(model: nn.Module, batch_statistics: bool = False) -> Iterator[nn.Module]:
+    """Lend a copy of ``model`` in eval mode whose forward pass changes no buffer; restore torch's random state after.
+
+    Args:
+        model: any module; it is not touched.
+        batch_statistics: let BatchNorm layers normalise by the statistics of the batch at hand, without recording
+            them. Everything else, dropout for one, stays in eval mode.
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        lent = copy.deepcopy(model).eval().requires_grad_(False)
+        for norm in batch_norms(lent).values():
+            norm.track_running_stats = False
+            norm.training = batch_statistics
+        yield lent
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
