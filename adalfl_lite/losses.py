@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,10 @@ class SmoothLeakyReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply φ elementwise."""
         return (1 - self.gamma) * F.softplus(x, self.beta) + self.gamma * x
+
+    def slope(self, x: Tensor) -> Tensor:
+        """φ'(x)."""
+        return (1 - self.gamma) * torch.sigmoid(self.beta * x) + self.gamma
 
     def extra_repr(self) -> str:
         """Show β and γ in ``print(network)``."""
@@ -144,19 +149,24 @@ class LossNetwork(nn.Module):
         self.network = nn.Sequential(*layers)
 
     @classmethod
-    def classification(cls, **options) -> LossNetwork:
+    def classification(cls, **options: Any) -> LossNetwork:
         """The paper's loss network over (one-hot target, softmax probability)."""
         return cls("classification", **options)
 
     @classmethod
-    def regression(cls, **options) -> LossNetwork:
+    def regression(cls, **options: Any) -> LossNetwork:
         """The loss network over (target, prediction), anchored at the target unless ``anchored=False`` (the paper)."""
         return cls("regression", **{"anchored": True, **options})
 
     @classmethod
-    def ml3(cls, kind: str, **options) -> LossNetwork:
+    def default(cls, kind: str, **options: Any) -> LossNetwork:
+        """:meth:`classification` or :meth:`regression`."""
+        return cls.classification(**options) if check_kind(kind) == "classification" else cls.regression(**options)
+
+    @classmethod
+    def ml3(cls, kind: str, **options: Any) -> LossNetwork:
         """The loss network of ML³ (Bechtle et al. 2021): 2-50-50-1, ReLU, Softplus output, sum over the outputs."""
-        defaults = {
+        defaults: dict[str, Any] = {
             "hidden": (50, 50),
             "activation": "relu",
             "output_activation": "softplus",
@@ -191,7 +201,7 @@ class LossNetwork(nn.Module):
         losses = self._network(target, output)
         if not self.anchored:
             return losses
-        value, slope = torch.func.jvp(lambda p: self._network(target, p), (target,), (torch.ones_like(target),))
+        value, slope = self._value_and_slope(target)
         return losses - value - slope * (output - target)
 
     @torch.no_grad()
@@ -228,6 +238,15 @@ class LossNetwork(nn.Module):
 
     def _network(self, target: Tensor, output: Tensor) -> Tensor:
         return self.network(torch.stack([target, output], dim=-1)).squeeze(-1)
+
+    def _value_and_slope(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """ℓ_φ(y, p) and ∂_p ℓ_φ(y, p) at p = y, the slope carried forward layer by layer."""
+        value = torch.stack([target, target], dim=-1)
+        slope = torch.stack([torch.zeros_like(target), torch.ones_like(target)], dim=-1)
+        for layer in self.network:
+            slope = F.linear(slope, layer.weight) if isinstance(layer, nn.Linear) else slope * _slope(layer, value)
+            value = layer(value)
+        return value.squeeze(-1), slope.squeeze(-1)
 
     def _reduce(self, losses: Tensor) -> Tensor:
         return losses.mean() if self.reduction == "mean" else losses.sum() / losses.shape[0]
@@ -269,6 +288,15 @@ def check_regression(prediction: Tensor, target: Tensor) -> None:
         )
     if not (prediction.is_floating_point() and target.is_floating_point()):
         raise ValueError(f"regression needs floating-point tensors, got {prediction.dtype} and {target.dtype}")
+
+
+def _slope(activation: nn.Module, x: Tensor) -> Tensor:
+    """The derivative of one of the activations below at x."""
+    if isinstance(activation, SmoothLeakyReLU):
+        return activation.slope(x)
+    if isinstance(activation, nn.Softplus):
+        return torch.sigmoid(x)
+    return (x > 0).to(x.dtype) if isinstance(activation, nn.ReLU) else torch.ones_like(x)
 
 
 def _activation(name: str, beta: float, gamma: float) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The meta-gradient of one step of online loss learning: ∇_φ L_T(f_{θ'(φ)}(x_val), y_val) with θ' = U(θ, ∇_θ M_φ).
+"""One step of learning, and its meta-gradient: ∇_φ L_T(f_{θ'(φ)}(x_val), y_val) with θ' = U(θ, ∇_θ M_φ).
 
 Two engines compute the same number.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,14 +142,15 @@ def unrolled_step(
     phi = [p for p in loss_network.parameters() if p.requires_grad]
     parameters = optimizer_parameters(optimizer)
     theta = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in parameters]
-    state, first = None, None
+    state = None
+    first: list[Tensor] = []
     for inputs, targets in batches:
         prediction = _forward(model, dict(zip(names, theta, strict=True)), inputs, autocast)
         learned_loss = loss_network(prediction, targets)
         gradients = _gradients(learned_loss, theta, create_graph=True)
         theta, state = functional_update(optimizer, theta, gradients, state)
         _apply(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
-        first = first or (learned_loss.detach(), prediction.detach())
+        first = first or [learned_loss.detach(), prediction.detach()]
     random_after = _random_state(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     meta_inputs, meta_targets = meta_batch
@@ -158,6 +160,17 @@ def unrolled_step(
     found = torch.autograd.grad(meta_loss, phi, allow_unused=True)
     meta_gradient = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, found, strict=True)]
     return MetaStep(meta_gradient, first[0], meta_loss.detach(), first[1], None)
+
+
+def plain_step(
+    model: nn.Module, loss: Loss, optimizer: Optimizer, batch: Batch, *, autocast: torch.dtype | None = None
+) -> Tensor:
+    """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step."""
+    optimizer.zero_grad()
+    value = loss(_forward(model, {}, batch[0], autocast), batch[1])
+    value.backward()
+    optimizer.step()
+    return value.detach()
 
 
 def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -181,7 +194,7 @@ def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]
     return [names[id(parameter)] for parameter in parameters]
 
 
-def _gradients(output: Tensor, parameters: Sequence[Tensor], **options) -> list[Tensor | None]:
+def _gradients(output: Tensor, parameters: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
     """Gradients of ``output``; None where it does not depend on a parameter or the parameter is frozen."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, allow_unused=True, **options))

@@ -1,0 +1,283 @@
+"""Methods compared on tasks over seeds. A job is one (task, seed); every method's run in it is stored in its own file.
+
+The four methods of the paper's comparison, and the controls that make it fair:
+
+======================  ===========================================================================================
+handcrafted             the task loss: cross-entropy, or squared error
+ml3                     an ML³ loss network (ReLU, Softplus), meta-learned offline one step at a time, then frozen
+offline                 AdaLFL's loss network, meta-learned offline (Algorithm 1 with our defaults), then frozen
+online                  the same, adapted after every step on validation data (Algorithm 2)
+online-train            the same with meta batches from the train split only, in both phases
+handcrafted-tuned       the task loss with the learning rate that has the lowest validation error of five
+handcrafted-all         the task loss, trained on the train and the valid split together
+======================  ===========================================================================================
+
+Jobs run through joblib, so ``joblib.parallel_config(backend="dask")`` or ``"ray"`` moves them to a cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from adalfl_lite.data import Dataset, Split
+from adalfl_lite.files import atomic_path
+from adalfl_lite.initialisation import Initialisation, initialise
+from adalfl_lite.losses import LossNetwork, task_loss
+from adalfl_lite.tasks import Task, get_task
+from adalfl_lite.training import Callback, evaluate, fit
+
+TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""handcrafted-tuned tries the task's learning rate times each of these."""
+
+INITIALISATION_STEPS = 2500
+MAX_REHEARSAL_STEPS = 1000
+ONLINE_META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a loss is had and used."""
+
+    loss: str  # "task", "adalfl" or "ml3"
+    online: bool = False
+    meta_batches: str = "valid"
+    rollout_steps: int = 20
+    tuned: bool = False
+    train_on_valid: bool = False
+
+
+METHODS = {
+    "handcrafted": Method("task"),
+    "ml3": Method("ml3", rollout_steps=1),
+    "offline": Method("adalfl"),
+    "online": Method("adalfl", online=True),
+    "online-train": Method("adalfl", online=True, meta_batches="train"),
+    "handcrafted-tuned": Method("task", tuned=True),
+    "handcrafted-all": Method("task", train_on_valid=True),
+}
+MAIN_METHODS = ("handcrafted", "ml3", "offline", "online")
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; ``ValueError`` listing the known ones if there is none."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def compare(
+    tasks: Sequence[str | Task],
+    methods: Sequence[str] = MAIN_METHODS,
+    seeds: Sequence[int] = range(10),
+    *,
+    folder: str | os.PathLike | None = None,
+    root: str | None = None,
+    device: str = "cpu",
+    jobs: int = 1,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Run every method on every task with every seed; a tidy table of their histories.
+
+    Args:
+        tasks: names from :data:`~adalfl_lite.tasks.TASKS`, or tasks of your own.
+        methods: names from :data:`METHODS`.
+        seeds: each seeds the split, the base model, the loss network and the batches of its jobs.
+        folder: where each finished job is stored; a rerun skips the jobs it finds there.
+        root: data folder, see :func:`~adalfl_lite.data.load_dataset`.
+        device: where to train.
+        jobs: processes; more than one uses the active joblib backend.
+        progress: show a bar over jobs.
+
+    Returns:
+        The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_seconds,
+        learning_rate and the provenance of :func:`provenance`.
+
+    Raises:
+        ValueError: an unknown task or method, or nothing to run, before any job starts.
+    """
+    tasks = [get_task(task) if isinstance(task, str) else task for task in tasks]
+    for name, values in (("tasks", tasks), ("methods", methods), ("seeds", seeds)):
+        if not len(values):
+            raise ValueError(f"nothing to compare: {name} is empty")
+    for method in methods:
+        get_method(method)
+    grid = [(task, seed) for task in tasks for seed in seeds]
+    job = partial(_run_methods, methods=methods, folder=folder, root=root, device=device)
+    results = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(job)(*point) for point in grid)
+    frames = [frame for frames in tqdm(results, total=len(grid), desc="jobs", disable=not progress) for frame in frames]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _run_methods(
+    task: Task,
+    seed: int,
+    *,
+    methods: Sequence[str],
+    folder: str | os.PathLike | None,
+    root: str | None,
+    device: str,
+) -> list[pd.DataFrame]:
+    """One job. Methods that start from the same learned loss share its initialisation."""
+    frames: list[pd.DataFrame] = []
+    shared: dict = {}
+    for method in methods:
+        path = None if folder is None else Path(folder) / f"{task.name}--{method}--seed{seed}.parquet"
+        if path is not None and path.exists():
+            frames.append(pd.read_parquet(path))
+            continue
+        result = run(task, method, seed, root=root, device=device, shared=shared)
+        if path is not None:
+            with atomic_path(path) as temporary:
+                result.to_parquet(temporary, index=False)
+        frames.append(result)
+    return frames
+
+
+def run(
+    task: Task,
+    method: str,
+    seed: int,
+    *,
+    root: str | None = None,
+    device: str = "cpu",
+    callback: Callback | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    shared: dict | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Meta-learn the loss if the method has one, train, and return the history with its labels.
+
+    ``shared`` keeps initialised losses between calls for the same task and seed: pass one dictionary to all of them.
+    The other arguments are those of :func:`compare` and :func:`~adalfl_lite.training.fit`.
+    """
+    how = get_method(method)
+    data = task.load(root=root, seed=seed)
+    started = time.perf_counter()
+    if how.loss == "task":
+        loss, outcome = task_loss(data.kind), None
+        if how.tuned:
+            task = tune_learning_rate(task, data, seed, device)
+        if how.train_on_valid:
+            data = replace(data, train=_joined(data.train, data.valid))
+        initialisation_seconds = time.perf_counter() - started
+    else:
+        key, shared = (how.loss, how.meta_batches, how.rollout_steps), {} if shared is None else shared
+        if key not in shared:
+            network, outcome = learned_loss(task, data, seed, method=how, device=device, progress=progress)
+            shared[key] = network, outcome, time.perf_counter() - started
+        network, outcome, initialisation_seconds = shared[key]
+        loss = network.clone()
+    model, optimizer = fresh(task, data, seed, device)
+    history = fit(
+        model,
+        loss,
+        data,
+        optimizer=optimizer,
+        steps=task.steps,
+        batch_size=task.batch_size,
+        online=how.online,
+        meta_learning_rate=ONLINE_META_LEARNING_RATE[data.kind],
+        meta_batches=how.meta_batches,
+        seed=seed,
+        callback=callback,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    labels = {
+        "task": task.name,
+        "method": method,
+        "seed": seed,
+        "learning_rate": task.learning_rate,
+        "initialisation_steps": outcome.steps if outcome else 0,
+        "initialisation_chosen_step": outcome.chosen_step if outcome else 0,
+        "initialisation_seconds": initialisation_seconds,
+        **provenance(device),
+    }
+    return history.assign(**labels)
+
+
+def fresh(task: Task, data: Dataset, seed: int, device: str = "cpu") -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The base model that ``seed`` draws, the same for every method, and its optimizer."""
+    torch.manual_seed(seed)
+    model = task.make_model(data).to(device)
+    return model, task.make_optimizer(model.parameters())
+
+
+def learned_loss(
+    task: Task, data: Dataset, seed: int, *, method: Method, device: str = "cpu", progress: bool = False
+) -> tuple[LossNetwork, Initialisation]:
+    """The loss network a method starts training with: Algorithm 1 on ``data`` with the task's model and optimizer."""
+    torch.manual_seed(10_000 + seed)
+    network = (LossNetwork.ml3(data.kind) if method.loss == "ml3" else LossNetwork.default(data.kind)).to(device)
+    train, meta = data.train.to(device), getattr(data, method.meta_batches).to(device)
+    outcome = initialise(
+        network,
+        lambda: task.make_model(data).to(device),
+        train.batches(task.batch_size, seed=20_000 + seed),
+        meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed),
+        make_optimizer=task.make_optimizer,
+        steps=INITIALISATION_STEPS,
+        rollout_steps=method.rollout_steps,
+        rehearsal_steps=min(task.steps, MAX_REHEARSAL_STEPS),
+        validate=lambda model: evaluate(model, meta, data.kind),
+        progress=progress,
+    )
+    return network, outcome
+
+
+def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu") -> Task:
+    """The task with the learning rate whose full run with the task loss ends with the lowest validation error."""
+    scores = []
+    for factor in TUNING_FACTORS:
+        candidate = task.with_(learning_rate=task.learning_rate * factor)
+        model, optimizer = fresh(candidate, data, seed, device)
+        try:
+            fit(
+                model,
+                task_loss(data.kind),
+                data,
+                optimizer=optimizer,
+                steps=task.steps,
+                batch_size=task.batch_size,
+                seed=seed,
+                evaluate_every=task.steps,
+                progress=False,
+            )
+        except FloatingPointError:
+            continue
+        scores.append((*evaluate(model, data.valid.to(device), data.kind), candidate))
+    return min(scores, key=lambda score: score[:2])[2]
+
+
+def final_errors(results: pd.DataFrame) -> pd.DataFrame:
+    """The last row of every job: one row per (task, method, seed)."""
+    last = results.groupby(["task", "method", "seed"], sort=False)["step"].idxmax()
+    return results.loc[last].reset_index(drop=True)
+
+
+def provenance(device: str = "cpu") -> dict[str, str]:
+    """What a result depends on beside the code: versions, device, and the commit if this is a checkout."""
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.processor() or "cpu"
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def _joined(first: Split, second: Split) -> Split:
+    joined = {
+        name: torch.cat([getattr(first, name), getattr(second, name)]) for name in ("inputs", "targets", "indices")
+    }
+    return replace(first, **joined)

@@ -1,0 +1,203 @@
+"""Algorithm 1: offline initialisation of the loss network, as in ML³ (paper, section on offline initialisation).
+
+Repeat: draw a fresh base model, take a base step with M_φ on a training batch, update φ with the gradient of the task
+loss on a meta batch at the new θ. Its reward is one step deep, so it favours steep losses: left to run, the slope of
+M_φ grows without bound, and a loss that is best for one step ruins a whole training run (the short-horizon bias).
+Two additions of ours, each with a setting that gives the paper's algorithm back, make φ suit the optimizer it is for:
+
+- ``rollout_steps``: the base model and its optimizer are drawn afresh every so many steps instead of every step, so φ
+  meets momentum and later stages of training (1 is Algorithm 1);
+- ``rehearsals``: at that many geometrically spaced moments φ is frozen and a fresh model trained with it for
+  ``rehearsal_steps``; the φ whose model has the lowest validation error is kept, and the search ends after
+  ``patience`` rehearsals without a better one (0 rehearsals is Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from adalfl_lite.losses import Loss, LossNetwork, task_error
+from adalfl_lite.metagradient import Batch, plain_step
+from adalfl_lite.online import OnlineLoss, default_task_loss
+
+MakeModel = Callable[[], nn.Module]
+MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+
+ABANDON_FACTOR = 100.0
+"""A rollout ends early when its task loss exceeds this many times that of its first step."""
+
+VALIDATION_BATCHES = 20
+"""A rehearsal is scored on at most this many meta batches, drawn once, unless ``validate`` is given."""
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """What :func:`initialise` did; the loss network itself was changed in place."""
+
+    steps: int
+    """Meta steps taken."""
+    chosen_step: int
+    """The step whose φ was kept."""
+    abandoned_rollouts: int
+    """Rollouts that diverged and were drawn afresh."""
+    rehearsals: pd.DataFrame
+    """One row per rehearsal: step, error and task_loss on validation data (infinite where it diverged)."""
+
+
+def initialise(
+    loss_network: LossNetwork,
+    make_model: MakeModel,
+    train: Iterable[Batch],
+    valid: Iterable[Batch],
+    *,
+    make_optimizer: MakeOptimizer,
+    steps: int = 2500,
+    meta_learning_rate: float = 1e-3,
+    rollout_steps: int = 20,
+    rehearsals: int = 12,
+    rehearsal_steps: int = 300,
+    patience: int = 4,
+    validate: Callable[[nn.Module], tuple[float, float]] | None = None,
+    task_loss: Loss | None = None,
+    engine: str = "forward",
+    progress: bool = False,
+) -> Initialisation:
+    """Meta-learn ``loss_network`` in place before training (Algorithm 1, with the two additions above).
+
+    Args:
+        loss_network: M_φ.
+        make_model: draws a fresh base model (from torch's global random state), in train mode, on its device.
+        train: batches (inputs, targets) for the base steps; a loader is repeated when it ends.
+        valid: meta batches; give the training batches again to use no validation data.
+        make_optimizer: parameters -> the base optimizer that will be used for training.
+        steps: S_init, the number of meta steps.
+        meta_learning_rate: η of the Adam that updates φ.
+        rollout_steps: base steps before model and optimizer are drawn afresh; 1 is the paper's algorithm.
+        rehearsals: how many φ along the way are tried out; 0 keeps the last one, as the paper does.
+        rehearsal_steps: length of a rehearsal; best as long as the training to come, where that can be afforded.
+        patience: end after so many rehearsals in a row without a better one.
+        validate: model -> (error, task loss) on validation data, to score a rehearsal.
+        task_loss: L_T; by default the one of ``loss_network.kind``.
+        engine: meta-gradient engine, see :class:`~adalfl_lite.online.OnlineLoss`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a count is out of range, or a loader is empty.
+        FloatingPointError: every rehearsal diverged; lower the base learning rate.
+    """
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("rollout_steps", rollout_steps, 1),
+        ("rehearsals", rehearsals, 0),
+        ("rehearsal_steps", rehearsal_steps, 1),
+        ("patience", patience, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    task_loss = task_loss or default_task_loss(loss_network)
+    train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
+    if validate is None:
+        validate = _validator(list(itertools.islice(meta_batches, VALIDATION_BATCHES)), task_loss, loss_network.kind)
+    meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
+    moments = set(_geometric(steps, rehearsals))
+    records: list[dict] = []
+    best_key, best_step, best_state = (math.inf, math.inf), steps, None
+    abandoned = 0
+
+    def draw() -> OnlineLoss:
+        model = make_model().train()
+        return OnlineLoss(
+            model,
+            loss_network,
+            make_optimizer(model.parameters()),
+            meta_optimizer=meta_optimizer,
+            task_loss=task_loss,
+            engine=engine,
+        )
+
+    online, first_loss = draw(), math.inf
+    remaining = rollout_steps
+    for step in tqdm(range(1, steps + 1), desc="initialise", disable=not progress):
+        if remaining == 0:
+            online, remaining, first_loss = draw(), rollout_steps, math.inf
+        remaining -= 1
+        try:
+            current = online.step(next(train_batches), next(meta_batches)).task_loss.item()
+        except FloatingPointError:
+            current = math.inf
+        first_loss = min(first_loss, current) if first_loss == math.inf else first_loss
+        if not current < ABANDON_FACTOR * first_loss:
+            abandoned, remaining = abandoned + 1, 0
+        if step in moments:
+            error, loss = _rehearse(loss_network, make_model, make_optimizer, train_batches, rehearsal_steps, validate)
+            records.append({"step": step, "error": error, "task_loss": loss})
+            if (error, loss) < best_key:
+                best_key, best_step = (error, loss), step
+                best_state = {k: v.clone() for k, v in loss_network.state_dict().items()}
+            since_best = sum(record["step"] > best_step for record in records) if best_state else 0
+            if since_best >= patience:
+                break
+    if records and best_state is None:
+        raise FloatingPointError(
+            f"all {len(records)} rehearsals diverged; lower the base learning rate, or rehearse more often"
+        )
+    if best_state is not None:
+        loss_network.load_state_dict(best_state)
+    return Initialisation(step, best_step, abandoned, pd.DataFrame(records, columns=["step", "error", "task_loss"]))
+
+
+def endless(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """Repeat a loader for ever; ``ValueError`` naming it if it yields nothing."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(f"the {name} batches are empty or used up; pass a loader that can be iterated again")
+
+
+def _geometric(last: int, count: int) -> list[int]:
+    """``count`` steps growing by √2, ending at ``last``; duplicates and zeros are dropped."""
+    return sorted({step for k in range(count) if (step := round(last * 2 ** (-k / 2))) >= 1})
+
+
+def _rehearse(
+    loss_network: LossNetwork,
+    make_model: MakeModel,
+    make_optimizer: MakeOptimizer,
+    batches: Iterator[Batch],
+    steps: int,
+    validate: Callable[[nn.Module], tuple[float, float]],
+) -> tuple[float, float]:
+    """(error, task loss) on validation data of a fresh model trained with φ frozen; infinite if it diverged."""
+    frozen = loss_network.clone().requires_grad_(False)
+    model = make_model().train()
+    optimizer = make_optimizer(model.parameters())
+    for _ in range(steps):
+        plain_step(model, frozen, optimizer, next(batches))
+    error, loss = validate(model)
+    return (error, loss) if math.isfinite(error) and math.isfinite(loss) else (math.inf, math.inf)
+
+
+def _validator(batches: list[Batch], task_loss: Loss, kind: str) -> Callable[[nn.Module], tuple[float, float]]:
+    error = task_error(kind)
+
+    @torch.no_grad()
+    def validate(model: nn.Module) -> tuple[float, float]:
+        model.eval()
+        pairs = [(model(inputs), targets) for inputs, targets in batches]
+        model.train()
+        means = [sum(measure(*pair).item() for pair in pairs) / len(pairs) for measure in (error, task_loss)]
+        return means[0], means[1]
+
+    return validate

@@ -1,0 +1,87 @@
+"""The task registry: which model learns which data set, and how. One row each; read it as the protocol.
+
+Base settings follow the authors' related code where we know it (SGD, Nesterov .9 and weight decay 5e-4 for colour
+images, no momentum for MNIST); for the small tables they are ours. Steps are chosen so that the handcrafted loss has
+converged, or has begun to overfit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adalfl_lite.data import Dataset, load_dataset
+from adalfl_lite.models import build_model
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, a base model and the settings of its base optimizer, SGD."""
+
+    name: str
+    dataset: str
+    model: str
+    steps: int
+    batch_size: int = 100
+    learning_rate: float = 0.01
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def load(self, *, root: str | None = None, download: bool = False, seed: int = 0) -> Dataset:
+        """The data set, split with ``seed``; see :func:`adalfl_lite.data.load_dataset`."""
+        return load_dataset(self.dataset, root=root, download=download, seed=seed)
+
+    def make_model(self, data: Dataset) -> nn.Module:
+        """A fresh base model for ``data``, drawn from torch's global random state."""
+        return build_model(self.model, input_shape=data.input_shape, outputs=data.outputs)
+
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.SGD:
+        """The base optimizer."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+
+    def with_(self, **changes: Any) -> Task:
+        """The same task with some settings changed."""
+        return replace(self, **changes)
+
+
+IMAGES: dict[str, Any] = {"batch_size": 128, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("digits", "digits", "mlp64", steps=1500, momentum=0.9),
+        Task("iris", "iris", "mlp64", steps=500, batch_size=30, momentum=0.9),
+        Task("wine", "wine", "mlp64", steps=500, batch_size=32, momentum=0.9),
+        Task("breast_cancer", "breast_cancer", "mlp64", steps=1000, momentum=0.9),
+        Task("diabetes", "diabetes", "mlp64", steps=1000, batch_size=32),
+        Task("communities", "communities", "mlp64", steps=3000, batch_size=64),
+        Task("california", "california", "mlp64", steps=10_000),
+        Task("mnist-linear", "mnist", "linear", steps=10_000),
+        Task("mnist-mlp", "mnist", "mlp", steps=10_000),
+        Task("mnist-lenet5", "mnist", "lenet5", steps=10_000),
+        Task("cifar10-allcnn_c", "cifar10", "allcnn_c", steps=150_000, **IMAGES),
+        Task("cifar10-vgg16", "cifar10", "vgg16", steps=150_000, **IMAGES),
+        Task("cifar10-resnet18", "cifar10", "resnet18", steps=150_000, **IMAGES),
+        Task("cifar10-squeezenet", "cifar10", "squeezenet", steps=150_000, **IMAGES),
+        Task("cifar100-wrn28_10", "cifar100", "wrn28_10", steps=150_000, **IMAGES),
+        Task("svhn-wrn16_8", "svhn", "wrn16_8", steps=150_000, **IMAGES),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; ``ValueError`` listing the known ones if there is none."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+    return TASKS[name]

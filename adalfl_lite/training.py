@@ -1,0 +1,211 @@
+"""``fit``: train a base model with any loss, learned online or not, with history, evaluation, checkpoints, resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from adalfl_lite.data import BatchSampler, Dataset, Split
+from adalfl_lite.files import atomic_save, load_payload
+from adalfl_lite.losses import Loss, task_error, task_loss
+from adalfl_lite.metagradient import plain_step
+from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
+
+FORMAT = "adalfl-checkpoint-1"
+
+Callback = Callable[[int, nn.Module, Loss], None]
+"""Called as (step, model, loss) at every evaluation, step 0 included."""
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    data: Dataset,
+    *,
+    optimizer: Optimizer,
+    steps: int,
+    batch_size: int = 100,
+    online: bool = False,
+    meta_learning_rate: float = META_LEARNING_RATE,
+    meta_optimizer: Optimizer | None = None,
+    meta_batches: str = "valid",
+    engine: str = "forward",
+    seed: int = 0,
+    evaluate_every: int | None = None,
+    callback: Callback | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train ``model`` in place and return its history.
+
+    Args:
+        model: f_θ; moved to ``device`` before training, so build ``optimizer`` over its parameters as usual.
+        loss: (prediction, target) -> scalar: a handcrafted loss, or a loss network (frozen, unless ``online``).
+        data: train, valid and test splits; the model never trains on the test split.
+        optimizer: base optimizer over ``model.parameters()``.
+        steps: base steps T.
+        batch_size: rows per training batch, and per meta batch where its split has as many.
+        online: adapt ``loss`` after every step (Algorithm 2); it must then be a module with parameters.
+        meta_learning_rate, meta_optimizer, engine: see :class:`~adalfl_lite.online.OnlineLoss`.
+        meta_batches: "valid", or "train" to adapt on training rows alone (the text allows both).
+        seed: seeds the order of the batches; seed torch yourself before drawing ``model``.
+        evaluate_every: steps between evaluations; a twentieth of the run by default.
+        callback: called at every evaluation with (step, model, loss).
+        checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU; a
+            finished run is returned as it was.
+        device: where to train; by default where the model is.
+        autocast: dtype for the model's passes, such as ``torch.bfloat16``.
+        progress: show a progress bar.
+
+    Returns:
+        One row per evaluation: step, train_loss (mean of the loss trained with, since the last row), meta_loss (mean
+        L_T on meta batches, online only), valid_error, valid_loss, test_error, test_loss (L_T), seconds (training
+        alone, evaluation excluded). Errors are rates in [0, 1] or mean squared errors.
+
+    Raises:
+        ValueError: arguments that do not fit together, or a checkpoint of another run.
+        FloatingPointError: the loss or a meta-gradient stopped being finite; the last checkpoint is kept.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if meta_batches not in ("valid", "train"):
+        raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
+    trainable = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
+    if online and not trainable:
+        raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
+    evaluate_every = evaluate_every or max(1, steps // 20)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    if device != next(model.parameters()).device:
+        raise ValueError(
+            f"the model is on {next(model.parameters()).device}, not on {device}; "
+            f"move it with model.to({str(device)!r}) before building its optimizer"
+        )
+    if isinstance(loss, nn.Module):
+        loss.to(device)
+    train, meta = data.train.to(device), getattr(data, meta_batches).to(device)
+    held_out = {"valid": data.valid.to(device), "test": data.test.to(device)}
+    batches = BatchSampler(len(train), batch_size, seed)
+    metas = BatchSampler(len(meta), min(batch_size, len(meta)), seed + 1)
+
+    learner = None
+    if online and isinstance(loss, nn.Module):
+        learner = OnlineLoss(
+            model,
+            loss,
+            optimizer,
+            meta_optimizer=meta_optimizer,
+            meta_learning_rate=meta_learning_rate,
+            task_loss=task_loss(data.kind),
+            engine=engine,
+            autocast=autocast,
+        )
+    run = {
+        "data": data.name,
+        "steps": steps,
+        "batch_size": batch_size,
+        "online": online,
+        "meta_batches": meta_batches,
+        "seed": seed,
+        "evaluate_every": evaluate_every,
+        "meta_learning_rate": meta_learning_rate,
+        "learning_rate": [group["lr"] for group in optimizer.param_groups],
+    }
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches, "metas": metas}
+    if isinstance(loss, nn.Module):
+        parts["loss"] = loss
+    if learner:
+        parts["meta_optimizer"] = learner.meta_optimizer
+    history: list[dict] = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = _resume(checkpoint, run, parts)
+    start, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
+
+    def record(step: int, train_loss: float, meta_loss: float) -> None:
+        row = {"step": step, "train_loss": train_loss, "meta_loss": meta_loss}
+        for name, split in held_out.items():
+            row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, split, data.kind)
+        history.append({**row, "seconds": seconds})
+        if callback:
+            callback(step, model, loss)
+
+    model.train()
+    if not history:
+        record(0, math.nan, math.nan)
+    losses: list[Tensor] = []
+    meta_losses: list[Tensor] = []
+    clock = time.perf_counter()
+    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, desc="fit")
+    for step in bar:
+        batch = train[next(batches)]
+        if learner:
+            result = learner.step(batch, meta[next(metas)])
+            losses.append(result.learned_loss)
+            meta_losses.append(result.task_loss)
+        else:
+            losses.append(plain_step(model, loss, optimizer, batch, autocast=autocast))
+        if step % evaluate_every == 0 or step == steps:
+            means = [torch.stack(kept).mean().item() if kept else math.nan for kept in (losses, meta_losses)]
+            if not math.isfinite(means[0]):
+                raise FloatingPointError(f"the loss was not finite by step {step}; lower the base learning rate")
+            losses, meta_losses = [], []
+            seconds += time.perf_counter() - clock
+            record(step, *means)
+            bar.set_postfix(train_loss=f"{means[0]:.3g}", valid_error=f"{history[-1]['valid_error']:.3g}")
+            clock = time.perf_counter()
+            if checkpoint is not None:
+                _save(checkpoint, run, parts, history)
+    return pd.DataFrame(history)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) -> tuple[float, float]:
+    """(error, task loss) of ``model`` in eval mode over a whole split; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    totals = [0.0, 0.0]
+    for start in range(0, len(split), batch_size):
+        inputs, targets = split[start : start + batch_size]
+        prediction = model(inputs).float()
+        for i, measure in enumerate((task_error(kind), task_loss(kind))):
+            totals[i] += measure(prediction, targets).item() * len(targets)
+    model.train(training)
+    return totals[0] / len(split), totals[1] / len(split)
+
+
+def _save(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: list[dict]) -> None:
+    random: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state_all()
+    states = {name: part.state_dict() for name, part in parts.items()}
+    atomic_save({"format": FORMAT, "run": run, "history": history, "random": random, **states}, path)
+
+
+def _resume(path: str | os.PathLike, run: dict, parts: dict[str, Any]) -> list[dict]:
+    """Load every part's state and the random state; return the history so far."""
+    saved = load_payload(path, FORMAT)
+    different = [
+        f"{name} {saved['run'].get(name)!r} -> {run[name]!r}" for name in run if saved["run"].get(name) != run[name]
+    ]
+    if different:
+        raise ValueError(f"{path} is a checkpoint of another run ({', '.join(different)}); use another file")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit this run's {name}: {error}") from error
+    torch.set_rng_state(saved["random"]["cpu"])
+    if "cuda" in saved["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    return saved["history"]
