@@ -138,5 +138,5 @@ def test_a_plot_by_target_and_one_by_step(ax):
     assert len(ax.figure.axes) == 2, "the colour bar"
     with pytest.raises(ValueError, match="hue"):
         plot_loss_curves(frame.drop(columns="step"), ax=ax, hue="step")
-    with pytest.raises(ValueError, match="'valu'"):
-        plot_loss_curves(frame, ax=ax, y="valu")
+    with pytest.raises(ValueError, match="'slope'"):
+        plot_loss_curves(frame, ax=ax, y="slope")
