@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
         ValueError: there is no batch, a batch is not a pair of equally long tensors, or it holds NaN or infinity.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        data = [data]
+        data = [cast(Batch, data)]
     position = -1
     for position, batch in enumerate(data):
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
