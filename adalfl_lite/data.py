@@ -126,6 +126,10 @@ class Dataset:
     input_shape: tuple[int, ...]
 
 
+BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
+"""The data sets that scikit-learn brings along."""
+
+
 def dataset_names() -> list[str]:
     """Return the names that :func:`load_dataset` knows."""
     return [*_TABLES, *_IMAGES]

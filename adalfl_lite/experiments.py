@@ -17,6 +17,7 @@ Jobs run through joblib, so ``joblib.parallel_config(backend="dask")`` or ``"ray
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
@@ -102,7 +104,8 @@ def compare(
 
     Returns:
         The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_seconds,
-        learning_rate and the provenance of :func:`provenance`.
+        learning_rate and the provenance of :func:`provenance`. A run that diverged is one row at its last step with
+        infinite errors.
 
     Raises:
         ValueError: an unknown task or method, or nothing to run, before any job starts.
@@ -137,7 +140,11 @@ def _run_methods(
         if path is not None and path.exists():
             frames.append(pd.read_parquet(path))
             continue
-        result = run(task, method, seed, root=root, device=device, shared=shared)
+        try:
+            result = run(task, method, seed, root=root, device=device, shared=shared)
+        except FloatingPointError:
+            labels = {"task": task.name, "method": method, "seed": seed, "step": task.steps}
+            result = pd.DataFrame([{**labels, "test_error": math.inf, "valid_error": math.inf, **provenance(device)}])
         if path is not None:
             with atomic_path(path) as temporary:
                 result.to_parquet(temporary, index=False)
@@ -262,9 +269,9 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
 
 
 def final_errors(results: pd.DataFrame) -> pd.DataFrame:
-    """The last row of every job: one row per (task, method, seed)."""
+    """The last row of every job: one row per (task, method, seed), with a column ``diverged``."""
     last = results.groupby(["task", "method", "seed"], sort=False)["step"].idxmax()
-    return results.loc[last].reset_index(drop=True)
+    return results.loc[last].assign(diverged=lambda rows: ~np.isfinite(rows.test_error)).reset_index(drop=True)
 
 
 def provenance(device: str = "cpu") -> dict[str, str]:

@@ -1,0 +1,235 @@
+"""The ``adalfl`` command line: train one model, compare methods over seeds, list the tasks, draw what was stored."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adalfl_lite.data import BUNDLED
+from adalfl_lite.experiments import MAIN_METHODS, METHODS, compare, final_errors, get_method, run
+from adalfl_lite.files import atomic_path
+from adalfl_lite.losses import LossNetwork
+from adalfl_lite.tasks import TASKS, Task, get_task
+from analysis.loss_shapes import loss_curves, plot_loss_curves
+from analysis.plotting import plot_comparison, plot_learning_curves, save_figure, theme
+from analysis.statistics import summarise
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="""
+**Train models with a loss that learns while they do** (AdaLFL, arXiv 2301.13247).
+
+A small neural network takes the place of the loss. It is meta-learned before training (*offline*) and then changed
+after every training step (*online*), so that the step it caused lowers the loss you care about on other data.
+
+Start here:
+
+    adalfl tasks                      # what can be trained
+    adalfl train digits               # one model, about a minute
+    adalfl compare digits --seeds 3   # handcrafted loss against learned ones
+""",
+)
+
+
+class Figure(StrEnum):
+    """What ``adalfl plot`` can draw."""
+
+    comparison = "comparison"
+    curves = "curves"
+
+
+Root = Annotated[
+    str | None, typer.Option(envvar="ADALFL_DATA", help="Folder of the data sets; bundled tasks need none.")
+]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, ...")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Training steps; the task's own number by default.")]
+Out = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks: a data set, a base model and the settings of its optimizer.
+
+    *Bundled* data comes with scikit-learn. The rest is read from files, which `adalfl train TASK --download` fetches.
+    """
+    table = Table("task", "data", "model", "steps", "batch", "learning rate", "momentum", "data from")
+    for task in TASKS.values():
+        where = "bundled" if task.dataset in BUNDLED else "files"
+        values = (task.steps, task.batch_size, task.learning_rate, task.momentum)
+        table.add_row(task.name, task.dataset, task.model, *map(str, values), where)
+    Console().print(table)
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Argument(help="A name from `adalfl tasks`.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "online",
+    seed: Annotated[int, typer.Option(help="Seeds the split, the model, the loss and the batches.")] = 0,
+    steps: Steps = None,
+    root: Root = None,
+    download: Annotated[bool, typer.Option("--download", help="Download the data if it is missing.")] = False,
+    device: Device = "cpu",
+    out: Out = Path("results"),
+) -> None:
+    """Train one model and draw its learning curve, and the loss it learned with.
+
+    An interrupted training goes on where it stopped when the same command is given again.
+
+        adalfl train digits --method online
+    """
+    chosen = _task(task, steps)
+    _checked(get_method, method)
+    _checked(chosen.load, root=root, download=download, seed=seed)
+    stem = out / f"{chosen.name}--{method}--seed{seed}"
+    curves: dict[int, LossNetwork] = {}
+
+    def keep(step: int, model: Any, loss: Any) -> None:
+        if isinstance(loss, LossNetwork):
+            curves[step] = loss.clone().cpu()
+
+    checkpoint = stem.with_name(stem.name + ".checkpoint")
+    history = _checked(
+        run, chosen, method, seed, root=root, device=device, callback=keep, checkpoint=checkpoint, progress=True
+    )
+    _write(history, stem.with_name(stem.name + ".parquet"))
+    print_errors(history, "the model at the end of training")
+    with theme():
+        panels = 2 if curves else 1
+        figure, axes = plt.subplots(1, panels, squeeze=False, figsize=(6.75, 3.0))
+        plot_learning_curves(history, axes[0, 0])
+        if curves:
+            shown = curves if METHODS[method].online else {max(curves): curves[max(curves)]}
+            kind = next(iter(curves.values())).kind
+            plot_loss_curves(loss_curves(shown, kind), axes[0, 1])
+            curves[max(curves)].save(stem.with_name(stem.name + ".loss.pt"))
+        _picture(figure, stem.with_name(stem.name + ".png"))
+    checkpoint.unlink(missing_ok=True)
+
+
+@app.command("compare")
+def compare_command(
+    tasks: Annotated[list[str], typer.Argument(help="Names from `adalfl tasks`.")],
+    methods: Annotated[str, typer.Option(help=f"Commas between; known: {', '.join(METHODS)}.")] = ",".join(
+        MAIN_METHODS
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 5,
+    steps: Steps = None,
+    root: Root = None,
+    device: Device = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes to use; a job is one (task, seed).")] = 1,
+    out: Out = Path("results"),
+) -> None:
+    """Train every method on every task with several seeds; print and draw mean test errors with 95 % intervals.
+
+    Finished jobs are kept in OUT/jobs and not run again, so an interrupted comparison can be continued.
+
+    *handcrafted-tuned* and *handcrafted-all* ask whether a better learning rate, or training on the validation data,
+    would have done as well; *online-train* adapts the loss without validation data.
+
+        adalfl compare digits wine --methods handcrafted,online,handcrafted-tuned --seeds 10 --jobs 2
+    """
+    chosen = [_task(task, steps) for task in tasks]
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        _checked(get_method, name)
+    options: dict[str, Any] = {"folder": out / "jobs", "root": root, "device": device, "jobs": jobs}
+    results = _checked(compare, chosen, names, range(seeds), **options)
+    _write(results, out / "comparison.parquet")
+    print_errors(results, "test error, mean over seeds")
+    with theme():
+        _picture(draw(results, Figure.comparison), out / "comparison.png")
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="A .parquet file of `adalfl train` or `adalfl compare`.")],
+    figure: Annotated[Figure, typer.Option(help="Errors at the end, or errors over training.")] = Figure.comparison,
+    out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = None,
+) -> None:
+    """Draw a stored table: one panel per task, methods in colours, 95 % intervals over seeds.
+
+    adalfl plot results/comparison.parquet --figure curves --out curves.pdf
+    """
+    if not results.is_file():
+        _fail(f"{results} does not exist; give the .parquet file that train or compare wrote")
+    frame = _checked(pd.read_parquet, results)
+    if missing := {"task", "method", "seed", "step", "test_error"} - set(frame.columns):
+        _fail(f"{results} lacks the columns {', '.join(sorted(missing))}; give a file that train or compare wrote")
+    print_errors(frame, str(results))
+    with theme():
+        _picture(draw(frame, figure), out or results.with_suffix(".png"))
+
+
+def print_errors(results: pd.DataFrame, title: str) -> None:
+    """Print the mean test error of every task and method with its interval over seeds, and the runs that diverged."""
+    last = final_errors(results)
+    summary = summarise(last[~last.diverged]) if not last.diverged.all() else pd.DataFrame()
+    table = Table("task", "method", "test error", "95 % interval", "seeds", "diverged", title=title)
+    for (task, method), group in last.groupby(["task", "method"], sort=False):
+        cells = ["–", "–"]
+        for row in summary.itertuples():
+            if (row.task, row.method) == (task, method):
+                interval = f"{row.low:.4f} – {row.high:.4f}" if row.n > 1 else "–"
+                cells = [f"{row.mean:.4f}", interval]
+        table.add_row(str(task), str(method), *cells, str(len(group)), str(int(group.diverged.sum())))
+    Console().print(table)
+
+
+def draw(results: pd.DataFrame, figure: Figure) -> plt.Figure:
+    """One panel per task: the errors at the end, or over training. Diverged runs are left out."""
+    last = final_errors(results)
+    keys = ["task", "method", "seed"]
+    kept = results.merge(last.loc[~last.diverged, keys], on=keys)
+    if kept.empty:
+        _fail("there is nothing to draw: every run diverged")
+    names = list(kept.task.unique())
+    height = 2.6 if figure is Figure.curves else 0.6 + 0.32 * kept.method.nunique()
+    drawn, axes = plt.subplots(len(names), 1, figsize=(6.75, height * len(names)), squeeze=False)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        rows = kept[kept.task == name]
+        if figure is Figure.curves:
+            plot_learning_curves(rows[rows.step > 0], ax)
+        else:
+            plot_comparison(final_errors(rows), ax)
+        ax.set_title(name, loc="right")
+    return drawn
+
+
+def _task(name: str, steps: int | None) -> Task:
+    task = _checked(get_task, name)
+    return task.with_(steps=steps) if steps else task
+
+
+def _checked(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Call ``function``; what the user can mend ends the program with one line instead of a traceback."""
+    try:
+        return function(*arguments, **options)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        table.to_parquet(temporary, index=False)
+    Console().print(f"table:   {path}", highlight=False, soft_wrap=True)
+
+
+def _picture(figure: plt.Figure, path: Path) -> None:
+    save_figure(figure, path)
+    Console().print(f"picture: {path}", highlight=False, soft_wrap=True)
