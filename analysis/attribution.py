@@ -338,7 +338,7 @@ def plot_feature_attributions(
         top: how many features to draw; None draws all.
 
     Raises:
-        ValueError: other shapes, NaN, or as many names as there are not features.
+        ValueError: other shapes, NaN, or a wrong number of names.
 
     Examples:
         >>> ax = plot_feature_attributions(torch.randn(20, 3), ["age", "income", "rooms"])
