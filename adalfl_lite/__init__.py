@@ -1,1 +1,37 @@
-"""Online loss function learning: a small network is the loss, and it is learned while the model trains."""
+"""Online loss function learning: a small network is the loss, and it is learned while the model trains.
+
+Read the modules in this order, which is also the direction of every import:
+
+    losses          the loss network M_φ, and the task losses
+    updates         torch's optimizers as pure functions, and their derivatives
+    metagradient    one step of the model and ∇_φ of what it led to
+    online          Algorithm 2: the drop-in step
+    initialisation  Algorithm 1
+    data, models    what is trained, on what
+    training        fit: history, evaluation, checkpoints
+    tasks           the registry
+    experiments     methods over tasks and seeds
+    cli             the command ``adalfl``
+"""
+
+from adalfl_lite.data import load_dataset
+from adalfl_lite.initialisation import Initialisation, initialise
+from adalfl_lite.losses import LossNetwork
+from adalfl_lite.metagradient import MetaStep
+from adalfl_lite.models import build_model
+from adalfl_lite.online import OnlineLoss
+from adalfl_lite.training import evaluate, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Initialisation",
+    "LossNetwork",
+    "MetaStep",
+    "OnlineLoss",
+    "build_model",
+    "evaluate",
+    "fit",
+    "initialise",
+    "load_dataset",
+]
