@@ -1,0 +1,89 @@
+"""Measure the short-horizon bias on digits: python book/results/short_horizon.py [--jobs 2]
+
+For each kind of offline learning, seed and length of it: how the learned loss does at what it was trained for (the task
+loss one step after), how large it is, and how it does at what it is used for (the test error of a whole training run).
+Writes short_horizon.parquet beside this file.
+"""
+
+import argparse
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import torch
+
+from adalfl_lite import LossNetwork, OnlineLoss, evaluate
+from adalfl_lite.experiments import fresh, provenance
+from adalfl_lite.files import atomic_path
+from adalfl_lite.losses import task_loss
+from adalfl_lite.metagradient import plain_step
+from adalfl_lite.tasks import get_task
+from analysis.effective_lr import effective_lr
+
+LENGTHS = (25, 50, 100, 200, 400, 800, 1600, 2500)
+VARIANTS = {  # name: (loss network, base steps before the model is drawn afresh)
+    "ML³": (LossNetwork.ml3, 1),
+    "AdaLFL's network": (LossNetwork.default, 1),
+    "AdaLFL's network, 20-step rollouts": (LossNetwork.default, 20),
+}
+HORIZON = 600
+ONE_STEP_REPEATS = 50
+
+
+def measure(variant: str, seed: int) -> list[dict]:
+    """Algorithm 1 without rehearsals, stopped at each of LENGTHS to see what the loss is good for."""
+    torch.set_num_threads(1)
+    make_network, rollout_steps = VARIANTS[variant]
+    task = get_task("digits")
+    data = task.load(seed=seed)
+    train = data.train.batches(task.batch_size, seed=20_000 + seed)
+    valid = data.valid.batches(task.batch_size, seed=30_000 + seed)
+    torch.manual_seed(10_000 + seed)
+    network = make_network("classification")
+    meta_optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    rows = []
+    for step in range(1, max(LENGTHS) + 1):
+        if (step - 1) % rollout_steps == 0:
+            model = task.make_model(data)
+            online = OnlineLoss(model, network, task.make_optimizer(model.parameters()), meta_optimizer=meta_optimizer)
+        online.step(next(train), next(valid))
+        if step in LENGTHS:
+            frozen = network.clone().requires_grad_(False)
+            row = {"variant": variant, "seed": seed, "meta_steps": step}
+            rows.append({**row, **one_step(frozen, task, data, train, valid), **whole_run(frozen, task, data, seed)})
+    return rows
+
+
+def one_step(loss, task, data, train, valid) -> dict:
+    """The task loss on validation batches after one step from a fresh model, which is what Algorithm 1 minimises."""
+    values, measured = [], task_loss(data.kind)
+    for _ in range(ONE_STEP_REPEATS):
+        model = task.make_model(data)
+        plain_step(model, loss, task.make_optimizer(model.parameters()), next(train))
+        inputs, targets = next(valid)
+        with torch.no_grad():
+            values.append(measured(model(inputs), targets).item())
+    return {"one_step_loss": sum(values) / len(values)}
+
+
+def whole_run(loss, task, data, seed) -> dict:
+    """How large the loss is for a fresh model, and the test error of training with it."""
+    model, optimizer = fresh(task, data, seed)
+    batches = data.train.batches(task.batch_size, seed=seed)
+    scale = effective_lr(model, loss, task_loss(data.kind), next(batches)).scale
+    for _ in range(HORIZON):
+        plain_step(model, loss, optimizer, next(batches))
+    return {"scale": scale, "test_error": evaluate(model, data.test, data.kind)[0]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=4)
+    options = parser.parse_args()
+    grid = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
+    measured = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*point) for point in grid)
+    table = pd.DataFrame([row for rows in measured for row in rows]).assign(**provenance())
+    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
+        table.to_parquet(temporary, index=False)
+    print(table.groupby(["variant", "meta_steps"], sort=False)[["one_step_loss", "scale", "test_error"]].mean())
