@@ -22,6 +22,8 @@ Batch = tuple[Tensor, Tensor]
 def preserved(model: nn.Module, training: bool | None = None) -> Iterator[nn.Module]:
     """Run a block with ``model`` and put it back exactly: values, buffers, modes, requires_grad, grads, random state.
 
+    In the block no parameter has a grad, so that a backward pass there adds to none.
+
     Args:
         model: any module.
         training: put the whole model in train (True) or eval (False) mode for the block; None leaves the modes.
@@ -32,6 +34,8 @@ def preserved(model: nn.Module, training: bool | None = None) -> Iterator[nn.Mod
     devices = sorted({p.device.index for p, *_ in parameters if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
+            for parameter, *_ in parameters:
+                parameter.grad = None
             if training is not None:
                 model.train(training)
             yield model
