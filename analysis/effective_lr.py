@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from torch import Tensor, nn
 
 from analysis.gradients import Data, State, flat, layers, mean_gradients
@@ -211,7 +211,8 @@ def plot_layer_schedule(frame: pd.DataFrame, ax: Axes | None = None, y: str = "s
     Args:
         frame: with the columns step, layer and ``y``, one row for each step and layer.
         ax: where to draw; the current axes if None.
-        y: the column that gives the colours; the cosine's scale is [−1, 1].
+        y: the column that gives the colours. Their scale begins at 0, or is centred on it where there are negative
+            values; a cosine's ends at 1.
         log: use a logarithmic colour scale.
 
     Raises:
@@ -228,10 +229,14 @@ def plot_layer_schedule(frame: pd.DataFrame, ax: Axes | None = None, y: str = "s
         raise ValueError(f"log needs positive values, the smallest is {frame[y].min()}; use log=False")
     ax = plt.gca() if ax is None else ax
     table = frame.pivot(index="layer", columns="step", values=y).loc[frame["layer"].unique()]
-    options = {"vmin": -1, "vmax": 1, "cmap": DIVERGING} if y == "cosine" else {"cmap": SEQUENTIAL}
-    norm = LogNorm(frame[y].min(), frame[y].max()) if log else None
-    sns.heatmap(table, norm=norm, cbar_kws={"label": label(y)}, linewidths=0, ax=ax, **options)
+    signed = frame[y].min() < 0
+    largest = 1 if y == "cosine" else frame[y].abs().max()
+    norm = LogNorm(frame[y].min(), frame[y].max()) if log else Normalize(-largest if signed else 0, largest)
+    cmap = DIVERGING if signed else SEQUENTIAL
+    rows = range(len(table))
+    cells = ax.pcolormesh(table.columns, rows, table, norm=norm, cmap=sns.color_palette(cmap, as_cmap=True))
+    ax.figure.colorbar(cells, ax=ax, label=label(y))
     ax.grid(False)
-    ax.tick_params(axis="y", rotation=0)
-    ax.set(xlabel=label("step"), ylabel="")
+    ax.invert_yaxis()
+    ax.set(xlabel=label("step"), ylabel="", yticks=rows, yticklabels=table.index)
     return ax

@@ -215,7 +215,13 @@ def test_a_heat_map_of_layers_keeps_the_order_of_the_model(ax):
     frame = pd.DataFrame(rows)
     assert plot_layer_schedule(frame, ax=ax, log=True) is ax
     assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "a", "c"]
-    assert ax.collections[0].get_array().ravel().tolist() == [5, 10, 6, 11, 7, 12]
+    assert ax.yaxis_inverted() and ax.collections[0].get_array().ravel().tolist() == [5, 10, 6, 11, 7, 12]
+    ax.clear()
+    plot_layer_schedule(frame.assign(scale=frame.scale - 8), ax=ax)
+    assert ax.collections[0].get_clim() == (-4, 4)
+    ax.clear()
+    plot_layer_schedule(frame[frame.step == 5], ax=ax)
+    assert ax.collections[0].get_clim() == (0, 7)
     with pytest.raises(ValueError, match="positive"):
         plot_layer_schedule(frame.assign(scale=-1.0), ax=ax, log=True)
     with pytest.raises(ValueError, match="more than once"):
