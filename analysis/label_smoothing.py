@@ -7,6 +7,10 @@ target y and C classes, the gradient p − (1 − ε) y − ε/C. With a free sc
 
 so the s and ε that fit the gradients ∂M/∂f of any loss M best, in least squares over examples and outputs, have a
 closed form. R² says how much of ∂M/∂f they explain: where it is low, M is no label smoothing, whatever ε is.
+
+Least squares listens to the examples with large gradients, few and wrongly classified late in training. What label
+smoothing does to the many others is told by signs alone: (1) raises the probability p_y of the target up to
+1 − ε (1 − 1/C), and pulls it back above. :func:`resting_point` finds where M does, and the ε to which that belongs.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogitLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from analysis.gradients import Data, on_device
 from analysis.inputs import Batch, Loss, preserved
-from analysis.plotting import SEQUENTIAL, label
+from analysis.plotting import PALETTE, SEQUENTIAL, label
 
 NEARLY_UNIFORM = 1e-6
 
@@ -45,6 +50,18 @@ class LabelSmoothing:
     every ε fits equally well, and errors in the gradients grow in ε by one over this number."""
     examples: int
     """The number of examples."""
+
+
+@dataclass(frozen=True)
+class RestingPoint:
+    """Where a loss stops raising the probability of the target, see :func:`resting_point`."""
+
+    probability: float
+    """p*, in [0, 1]; 1 if it pulls back no example, 0 if it pulls back all."""
+    epsilon: float
+    """(1 − p*) C/(C − 1), the ε that rests there; 0 for cross-entropy."""
+    agreement: float
+    """Fraction of examples raised below p* or pulled back above it; 1 if the resting point is the same for all."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +164,52 @@ def label_smoothing(model: nn.Module, loss: Loss, data: Data) -> LabelSmoothing:
         >>> round(label_smoothing(model, nn.CrossEntropyLoss(label_smoothing=0.2), data).epsilon, 4)
         0.2
     """
-    with preserved(model), torch.no_grad():
-        parts = [(f, y, logit_gradient(loss, f, y)) for f, y in _predictions(model, data)]
-    return fit_label_smoothing(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return fit_label_smoothing(*_with_gradients(model, loss, data))
+
+
+def target_gradients(model: nn.Module, loss: Loss, data: Data) -> pd.DataFrame:
+    """How the loss pushes the logit of each example's target; arguments as in :func:`label_smoothing`.
+
+    Returns:
+        One row per example: probability p_y of the target, and gradient ∂M/∂f_y; a negative one raises p_y.
+        Cross-entropy gives p_y − 1, with labels smoothed by ε p_y − 1 + ε (1 − 1/C).
+    """
+    f, y, g = _with_gradients(model, loss, data)
+    columns = {"probability": f.double().softmax(1), "gradient": g.double()}
+    return pd.DataFrame({name: value.gather(1, y[:, None])[:, 0].cpu().numpy() for name, value in columns.items()})
+
+
+def resting_point(frame: pd.DataFrame, classes: int) -> RestingPoint:
+    """The p* that best separates the examples whose p_y the loss raises from those whose p_y it pulls back.
+
+    Only signs matter, and every example counts the same; p* is as fine as the examples lie near it.
+
+    Args:
+        frame: from :func:`target_gradients`. Examples of gradient zero are not counted.
+        classes: C.
+
+    Raises:
+        ValueError: fewer than 2 classes, a missing column, or no example with a gradient.
+
+    Examples:
+        >>> frame = pd.DataFrame({"probability": [0.2, 0.6, 0.8, 1.0], "gradient": [-0.7, -0.3, -0.1, 0.1]})
+        >>> resting_point(frame, classes=10)  # doctest: +ELLIPSIS
+        RestingPoint(probability=0.9, epsilon=0.11..., agreement=1.0)
+    """
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, got {classes}")
+    _require(frame, "probability", "gradient")
+    frame = frame[frame["gradient"] != 0].sort_values("probability")
+    if not len(frame):
+        raise ValueError("no example has a gradient")
+    raised = (frame["gradient"] < 0).to_numpy()
+    # right[k] examples agree if the k of least probability are to be raised and the others to be pulled back
+    right = np.concatenate([[0], np.cumsum(raised)]) + np.concatenate([np.cumsum(~raised[::-1])[::-1], [0]])
+    best = int(right.argmax())
+    edges = np.concatenate([[0.0], frame["probability"], [1.0]])
+    inner = 0 < best < len(frame)
+    p = float((edges[best] + edges[best + 1]) / 2 if inner else best > 0)
+    return RestingPoint(p, (1 - p) * classes / (classes - 1), right[best].item() / len(frame))
 
 
 def logit_statistics(model: nn.Module, data: Data) -> LogitStatistics:
@@ -216,6 +276,14 @@ def _logit_statistics(f: Tensor, y: Tensor) -> Tensor:
     return torch.stack([f.softmax(1).amax(1), margin, (f - f.mean(1, keepdim=True)).norm(dim=1)], dim=1)
 
 
+def _with_gradients(model: nn.Module, loss: Loss, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets and ∂M/∂f of all examples."""
+    with preserved(model), torch.no_grad():
+        parts = [(f, y, logit_gradient(loss, f, y)) for f, y in _predictions(model, data)]
+    predictions, targets, gradients = zip(*parts, strict=True)
+    return torch.cat(predictions), torch.cat(targets), torch.cat(gradients)
+
+
 def _predictions(model: nn.Module, data: Data) -> Iterator[Batch]:
     """Logits and targets, batch by batch."""
     for inputs, targets in on_device(data, model):
@@ -237,28 +305,33 @@ def _check(prediction: Tensor, target: Tensor) -> None:
         raise ValueError(f"classes {target.min()} to {target.max()} do not fit {prediction.shape[1]} logits")
 
 
-def plot_label_smoothing(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def _require(frame: pd.DataFrame, *columns: str) -> None:
+    if missing := [column for column in columns if column not in frame]:
+        raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
+
+
+def plot_label_smoothing(frame: pd.DataFrame, ax: Axes | None = None, identifiability: float = 0.2) -> Axes:
     """Draw ε over training, each point coloured by R²: dark points are no label smoothing, whatever their height.
 
     For a mean over seeds see :func:`analysis.plotting.plot_learning_curves` with ``y="epsilon"``.
 
     Args:
-        frame: one run, with the columns step, epsilon and r2, as :class:`analysis.recorder.Recorder` makes of
-            :func:`label_smoothing`. Points whose ε is not determined are left out.
+        frame: one run, with the columns step, epsilon, r2 and identifiability, as
+            :class:`analysis.recorder.Recorder` makes of :func:`label_smoothing`.
         ax: where to draw; the current axes if None.
+        identifiability: leave out the points where it is less, early in training for most, and those without an ε.
 
     Raises:
-        ValueError: a missing column, or no row with an ε.
+        ValueError: a missing column, or no point to draw.
 
     Examples:
         >>> frame = pd.DataFrame({"step": [0, 50, 100], "epsilon": [0.3, 0.2, 0.1], "r2": [0.2, 0.8, 0.9]})
-        >>> ax = plot_label_smoothing(frame)
+        >>> ax = plot_label_smoothing(frame.assign(identifiability=1.0))
     """
-    if missing := [column for column in ("step", "epsilon", "r2") if column not in frame]:
-        raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
-    frame = frame[np.isfinite(frame["epsilon"].astype(float))]
+    _require(frame, "step", "epsilon", "r2", "identifiability")
+    frame = frame[np.isfinite(frame["epsilon"].astype(float)) & (frame["identifiability"] >= identifiability)]
     if not len(frame):
-        raise ValueError("no step has an ε that is determined")
+        raise ValueError(f"no step has an ε of identifiability {identifiability} or more; record later in training")
     ax = plt.gca() if ax is None else ax
     ax.axhline(0, color="0.5", linewidth=0.6, zorder=0)
     ax.plot(frame["step"], frame["epsilon"], color="0.6", zorder=1)
@@ -267,4 +340,41 @@ def plot_label_smoothing(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     )
     ax.figure.colorbar(points, ax=ax, label="R² of the fit")
     ax.set(xlabel=label("step"), ylabel="Label smoothing ε")
+    return ax
+
+
+def plot_target_gradients(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the gradient at the target's logit against its probability; the dotted line is the resting point p*.
+
+    Both axes are stretched where it matters: the horizontal one is the logit of p_y, the vertical one is linear around
+    zero and logarithmic beyond a hundredth of the largest gradient.
+
+    Args:
+        frame: from :func:`target_gradients`.
+        ax: where to draw; the current axes if None.
+
+    Raises:
+        ValueError: a missing column, or no example with a gradient.
+
+    Examples:
+        >>> probability = np.linspace(0.05, 0.995, 40)
+        >>> frame = pd.DataFrame({"probability": probability, "gradient": probability - 0.9})
+        >>> ax = plot_target_gradients(frame, plt.figure().gca())
+    """
+    p = resting_point(frame, classes=2).probability
+    ax = plt.gca() if ax is None else ax
+    largest = frame["gradient"].abs().max()
+    ax.set_xscale("logit")
+    ax.set_yscale("symlog", linthresh=largest / 100)
+    ax.axhline(0, color="0.5", linewidth=0.6, zorder=0)
+    within = frame["probability"].clip(1e-5, 1 - 1e-5)
+    ax.scatter(within, frame["gradient"], s=6, alpha=0.5, color=PALETTE[0], linewidth=0)
+    if 0 < p < 1:
+        ax.axvline(p, color="0.4", linestyle=":")
+    ax.xaxis.set_major_locator(LogitLocator(nbins=5))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    powers = 10.0 ** (np.floor(np.log10(largest)) - np.arange(2))
+    ax.set_yticks([*-powers, 0, *powers[::-1]])
+    ax.set(xlabel="Probability of the target", ylabel="∂M/∂f of the target")
     return ax

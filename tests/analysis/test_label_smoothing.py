@@ -20,6 +20,9 @@ from analysis.label_smoothing import (
     logit_statistics,
     penultimate_statistics,
     plot_label_smoothing,
+    plot_target_gradients,
+    resting_point,
+    target_gradients,
 )
 
 
@@ -138,6 +141,41 @@ def test_what_is_not_determined_is_nan():
     assert math.isnan(certain.epsilon) and math.isnan(certain.scale)
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_smoothed_cross_entropy_rests_where_its_epsilon_says(epsilon, dtype):
+    identity = nn.Linear(4, 4, bias=False).to(dtype)
+    nn.init.eye_(identity.weight)
+    f, y = logits(n=3000, spread=4, dtype=dtype)
+    frame = target_gradients(identity, smoothed(epsilon, scale=7), (f, y))
+    p = f.softmax(1).gather(1, y[:, None])[:, 0]
+    np.testing.assert_allclose(frame.probability, p, rtol=1e-5)
+    np.testing.assert_allclose(frame.gradient, 7 * (p - 1 + epsilon * 0.75), atol=1e-5)
+    rest = resting_point(frame, classes=4)
+    assert rest.epsilon == pytest.approx(epsilon, abs=0.005) and rest.agreement == 1
+    assert rest.probability == pytest.approx(1 - epsilon * 0.75, abs=0.005)
+
+
+def test_resting_points_of_losses_that_have_none():
+    p = np.linspace(0.1, 0.9, 9)
+    assert vars(resting_point(pd.DataFrame({"probability": p, "gradient": p - 1}), 3)) == {
+        "probability": 1,
+        "epsilon": 0,
+        "agreement": 1,
+    }
+    assert resting_point(pd.DataFrame({"probability": p, "gradient": p}), 2).probability == 0
+    alternating = pd.DataFrame({"probability": p, "gradient": [-1, 1, -1, 1, -1, 1, -1, 1, 0]})
+    assert resting_point(alternating, 2).agreement == 5 / 8
+    shuffled = pd.DataFrame({"probability": p, "gradient": p - 0.55}).sample(frac=1, random_state=0)
+    assert resting_point(shuffled, 2).probability == pytest.approx(0.55)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        resting_point(shuffled, 1)
+    with pytest.raises(ValueError, match="no example"):
+        resting_point(shuffled.assign(gradient=0), 2)
+    with pytest.raises(ValueError, match="lacks the column gradient"):
+        resting_point(shuffled[["probability"]], 2)
+
+
 def test_logit_statistics_by_hand():
     f = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]], dtype=torch.float64)
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout(0.9)).double().train()
@@ -172,6 +210,7 @@ def test_penultimate_statistics_by_hand():
 
 
 FUNCTIONS = {
+    "target_gradients": lambda model, loss, data: target_gradients(model, loss, data),
     "label_smoothing": lambda model, loss, data: label_smoothing(model, loss, data),
     "logit_gradient": lambda model, loss, data: logit_gradient(loss, data[0][:, :4], data[1]),
     "logit_statistics": lambda model, loss, data: logit_statistics(model, data),
@@ -222,16 +261,26 @@ def test_bad_input_is_named():
 
 
 def test_epsilon_is_drawn_over_steps_and_coloured_by_r2(ax):
-    frame = pd.DataFrame({"step": [0, 5, 10], "epsilon": [math.nan, 0.2, 0.1], "r2": [1.0, 0.5, 0.9]})
+    frame = pd.DataFrame({"step": [0, 3, 5, 10], "epsilon": [math.nan, 9.0, 0.2, 0.1], "r2": [1.0, 1.0, 0.5, 0.9]})
+    frame["identifiability"] = [0.0, 0.1, 0.5, 0.9]
     assert plot_label_smoothing(frame, ax=ax) is ax
     (points,) = ax.collections
     assert points.get_offsets().tolist() == [[5, 0.2], [10, 0.1]] and points.get_array().tolist() == [0.5, 0.9]
     assert points.get_clim() == (0, 1) and len(ax.figure.axes) == 2
     with pytest.raises(ValueError, match="r2"):
         plot_label_smoothing(frame[["step", "epsilon"]], ax=ax)
-    with pytest.raises(ValueError, match="determined"):
+    with pytest.raises(ValueError, match=r"0\.2 or more"):
         plot_label_smoothing(frame[:1], ax=ax)
 
 
-def test_docstring_examples(ax):
+def test_gradients_are_drawn_against_the_probability(ax):
+    frame = pd.DataFrame({"probability": [0.2, 0.8, 1.0], "gradient": [-0.7, -0.1, 0.1]})
+    assert plot_target_gradients(frame, ax=ax) is ax
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), [[0.2, -0.7], [0.8, -0.1], [1 - 1e-5, 0.1]])
+    assert list(ax.lines[-1].get_xdata()) == [0.9, 0.9]
+    ax.figure.canvas.draw()
+
+
+def test_docstring_examples():
     assert doctest.testmod(analysis.label_smoothing).failed == 0
+    plt.close("all")
