@@ -7,9 +7,10 @@ For a loss M that trains, learned or not, and the task loss L, both differentiat
 A step on M with learning rate α is a step on L with learning rate c·α, plus a part −α r that no learning rate explains.
 c(t)·α over training is the schedule that M implies; ‖r‖/‖∇M‖ = √(1 − cos²) says how much that leaves out.
 
-All of it is about the gradient, before any optimizer. Momentum and weight decay change neither c nor r: an optimizer
-linear in the gradient takes, for c·∇L, the step it takes for ∇L with its learning rate times c. Adam divides by the
-gradient's own scale, and what it sees of c is mostly its changes over time.
+All of it is about the gradient, before any optimizer. Plain gradient descent takes for c ∇L exactly the step it takes
+for ∇L with the learning rate c·α. With momentum that holds as far as c changes little over the momentum's memory; a
+schedule also scales weight decay, which M does not; and Adam divides by the gradient's own scale, so that what it sees
+of c is mostly its changes over time.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def implied_schedule(frame: pd.DataFrame, learning_rate: float | Callable[[int],
 
     Returns:
         The frame with two more columns, learning_rate and effective_lr. To train with the task loss under this
-        schedule, the control that tells what M does beyond it::
+        schedule, the control that tells what M does beyond it (exact for plain gradient descent)::
 
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: np.interp(t, frame.step, frame.scale))
 
