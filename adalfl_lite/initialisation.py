@@ -106,7 +106,8 @@ def initialise(
     task_loss = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
     if validate is None:
-        validate = _validator(list(itertools.islice(meta_batches, VALIDATION_BATCHES)), task_loss, loss_network.kind)
+        held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
+        validate = _validator(held, task_loss, loss_network.kind)
     meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
     moments = set(_geometric(steps, rehearsals))
     records: list[dict] = []

@@ -51,7 +51,7 @@ def fit(
     """Train ``model`` in place and return its history.
 
     Args:
-        model: f_θ; moved to ``device`` before training, so build ``optimizer`` over its parameters as usual.
+        model: f_θ, on its device already.
         loss: (prediction, target) -> scalar: a handcrafted loss, or a loss network (frozen, unless ``online``).
         data: train, valid and test splits; the model never trains on the test split.
         optimizer: base optimizer over ``model.parameters()``.
@@ -65,7 +65,7 @@ def fit(
         callback: called at every evaluation with (step, model, loss).
         checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU; a
             finished run is returned as it was.
-        device: where to train; by default where the model is.
+        device: where to train; the model must be there already. By default where the model is.
         autocast: dtype for the model's passes, such as ``torch.bfloat16``.
         progress: show a progress bar.
 
@@ -86,7 +86,7 @@ def fit(
     if online and not trainable:
         raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
     evaluate_every = evaluate_every or max(1, steps // 20)
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else torch.empty(0, device=device).device
     if device != next(model.parameters()).device:
         raise ValueError(
             f"the model is on {next(model.parameters()).device}, not on {device}; "

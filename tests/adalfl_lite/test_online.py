@@ -1,0 +1,260 @@
+"""Algorithm 2 in a user's own loop: what it does to θ and φ, what it refuses, and how it continues."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from adalfl_lite.losses import LossNetwork, task_loss
+from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
+
+SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+
+
+def problem(kind="classification", seed=0, dtype=torch.float32):
+    """A model, a loss network and eight batches of a learnable problem."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    network = LossNetwork.default(kind)
+    teacher = torch.randn(5, 3)
+    batches = []
+    for _ in range(8):
+        x = torch.randn(20, 5)
+        y = x @ teacher
+        batches.append((x.to(dtype), y.argmax(1) if kind == "classification" else y.to(dtype)))
+    return model.to(dtype).train(), network.to(dtype), batches
+
+
+def learner(model, network, **options):
+    return OnlineLoss(model, network, torch.optim.SGD(model.parameters(), **SGD), **options)
+
+
+def flat(module):
+    return torch.cat([value.detach().flatten().double() for value in module.state_dict().values()])
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_dropped_into_a_plain_loop_it_changes_both_and_reports_both_losses(kind):
+    model, network, batches = problem(kind)
+    online = learner(model, network, meta_learning_rate=1e-3)
+    theta, phi = flat(model), flat(network)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = network(copy.deepcopy(model)(batches[0][0]), batches[0][1])
+    torch.manual_seed(3)
+    first = online.step(batches[0], batches[1])
+    assert first.learned_loss == expected and not first.learned_loss.requires_grad
+    assert not torch.equal(flat(model), theta) and not torch.equal(flat(network), phi)
+    losses = [online.step(batches[i % 6], batches[6 + i % 2]).task_loss.item() for i in range(60)]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_one_step_is_the_two_equations_written_out():
+    """θ' by SGD with M_φ, then φ' by SGD with the gradient of L_T at θ', by plain double backward."""
+    model, network, batches = problem(dtype=torch.float64)
+    model = nn.Linear(5, 3).double()
+    twin, twin_network = copy.deepcopy(model), network.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    meta_optimizer = torch.optim.SGD(network.parameters(), lr=0.7)
+    result = OnlineLoss(model, network, optimizer, meta_optimizer=meta_optimizer).step(batches[0], batches[1])
+
+    (x, y), (x_meta, y_meta) = batches[:2]
+    phi = list(twin_network.parameters())
+    weight, bias = twin.weight, twin.bias
+    gradients = torch.autograd.grad(twin_network(twin(x), y), [weight, bias], create_graph=True)
+    moved = [p - 0.3 * g for p, g in zip((weight, bias), gradients, strict=True)]
+    meta_loss = nn.functional.cross_entropy(x_meta @ moved[0].T + moved[1], y_meta)
+    meta_gradient = torch.autograd.grad(meta_loss, phi)
+    torch.testing.assert_close(result.task_loss, meta_loss.detach())
+    torch.testing.assert_close(list(model.parameters()), moved)
+    torch.testing.assert_close(
+        list(network.parameters()), [p - 0.7 * g for p, g in zip(phi, meta_gradient, strict=True)]
+    )
+    assert max((0.7 * g).abs().max() for g in meta_gradient) > 1e-4
+
+
+def test_meta_learning_rate_zero_freezes_phi_and_theta_follows_torch():
+    model, network, batches = problem()
+    twin, phi = copy.deepcopy(model), flat(network)
+    online = learner(model, network, meta_learning_rate=0.0)
+    plain = torch.optim.SGD(twin.parameters(), **SGD)
+    torch.manual_seed(5)
+    for batch, meta_batch in zip(batches[::2], batches[1::2], strict=True):
+        online.step(batch, meta_batch)
+    torch.manual_seed(5)
+    for x, y in batches[::2]:
+        plain.zero_grad()
+        network(twin(x), y).backward()
+        plain.step()
+    assert torch.equal(flat(network), phi)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+def test_the_engines_agree_over_several_steps_and_stay_apart_from_a_frozen_loss():
+    runs = {}
+    for engine, rate in (("forward", 1e-2), ("unrolled", 1e-2), ("frozen", 0.0)):
+        model, network, batches = problem(dtype=torch.float64)
+        online = learner(model, network, meta_learning_rate=rate, engine="forward" if rate == 0 else engine)
+        torch.manual_seed(5)
+        for i in range(6):
+            online.step(batches[i], batches[i + 1])
+        runs[engine] = torch.cat([flat(model), flat(network)])
+    assert (runs["forward"] - runs["unrolled"]).norm() < 1e-8 * runs["forward"].norm()
+    assert (runs["forward"] - runs["frozen"]).norm() > 1e-3 * runs["forward"].norm()
+
+
+def test_the_meta_batch_may_be_the_training_batch_or_have_another_size():
+    model, network, batches = problem()
+    online = learner(model, network)
+    phi = flat(network)
+    online.step(batches[0], batches[0])
+    online.step(batches[1], tuple(t[:7] for t in batches[2]))
+    assert torch.isfinite(flat(network)).all() and not torch.equal(flat(network), phi)
+
+
+def test_several_inner_steps_leave_phi_to_the_caller():
+    model, network, batches = problem()
+    online = learner(model, network)
+    phi, theta = flat(network), flat(model)
+    result = online.meta_gradient(batches[:3], batches[3])
+    assert torch.equal(flat(network), phi) and not torch.equal(flat(model), theta)
+    assert model[1].num_batches_tracked == 3
+    online.apply_meta_gradient(result)
+    assert not torch.equal(flat(network), phi)
+
+
+def test_adapting_the_loss_lowers_the_task_loss_after_the_step():
+    """What the meta-gradient is for: from the same θ, the adapted φ makes a better step than the original one."""
+    model, network, batches = problem(dtype=torch.float64)
+    model[3].p = 0.0
+    start, phi = copy.deepcopy(model.state_dict()), network.clone()
+    meta_optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    after = []
+    for _ in range(20):
+        model.load_state_dict(start)
+        online = OnlineLoss(
+            model,
+            network,
+            torch.optim.SGD(model.parameters(), lr=0.5),
+            meta_optimizer=meta_optimizer,
+        )
+        after.append(online.step(batches[0], batches[1]).task_loss.item())
+    assert after[-1] < after[0] - 0.01
+    assert not torch.equal(flat(phi), flat(network))
+
+
+# The meta-optimizer ------------------------------------------------------------------------------------------------
+
+
+def test_the_default_meta_optimizer_is_adam_and_its_first_step_is_its_rate():
+    model, network, batches = problem()
+    online = learner(model, network)
+    assert type(online.meta_optimizer) is torch.optim.Adam
+    before = flat(network)
+    online.step(batches[0], batches[1])
+    assert (flat(network) - before).abs().max().item() == pytest.approx(META_LEARNING_RATE, rel=0.01)
+
+
+def test_a_meta_optimizer_of_the_users_is_used_and_leaves_frozen_layers_alone():
+    model, network, batches = problem()
+    network.network[0].requires_grad_(False)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    online = learner(model, network, meta_optimizer=torch.optim.SGD(trained, lr=0.5), meta_learning_rate=123.0)
+    before = [p.detach().clone() for p in network.parameters()]
+    result = online.step(batches[0], batches[1])
+    assert len(result.meta_gradient) == len(trained) == len(before) - 1
+    assert torch.equal(network.network[0].weight, before[0])
+    for p, old, gradient in zip(trained, before[1:], result.meta_gradient, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5 * gradient)
+    assert all(p.grad is None for p in [*network.parameters(), *model.parameters()])
+
+
+def test_any_module_can_be_the_loss_if_the_task_loss_is_given():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, prediction, target):
+            return self.scale * nn.functional.cross_entropy(prediction, target)
+
+    model, _, batches = problem()
+    with pytest.raises(ValueError, match="Scaled has no attribute 'kind'; pass task_loss="):
+        learner(model, Scaled())
+    loss = Scaled()
+    learner(model, loss, task_loss=task_loss("classification"), meta_learning_rate=0.01).step(*batches[:2])
+    assert loss.scale.item() == pytest.approx(1.01, abs=1e-5)  # a fresh model gains from a larger step
+
+
+# Failure and continuation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["forward", "unrolled"])
+@pytest.mark.parametrize("which", ["batch", "meta batch"])
+def test_a_step_that_is_not_finite_is_named_and_leaves_phi_unchanged(which, engine):
+    model, network, batches = problem()
+    online = learner(model, network, engine=engine)
+    online.step(batches[0], batches[1])
+    phi, moments = flat(network), copy.deepcopy(online.meta_optimizer.state_dict()["state"])
+    poisoned = (batches[2][0] * math.inf, batches[2][1])
+    arguments = (poisoned, batches[3]) if which == "batch" else (batches[3], poisoned)
+    name = "learned loss" if which == "batch" else "task loss"
+    with pytest.raises(FloatingPointError, match=f"the {name} is not finite .* lower the base learning rate"):
+        online.step(*arguments)
+    assert torch.equal(flat(network), phi)
+    for key, entries in online.meta_optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[key][name]) for name, value in entries.items())
+
+
+def test_a_meta_gradient_that_is_not_finite_is_named():
+    model, network, batches = problem()
+    online = learner(model, network)
+    result = online.meta_gradient([batches[0]], batches[1])
+    result.meta_gradient[1][0, 0] = math.nan
+    phi = flat(network)
+    with pytest.raises(FloatingPointError, match="meta-gradient of parameter 1 is not finite"):
+        online.apply_meta_gradient(result)
+    assert torch.equal(flat(network), phi)
+
+
+def test_a_state_dict_continues_bit_for_bit_and_loads_with_weights_only():
+    def steps(online, batches, first, last):
+        for i in range(first, last):
+            torch.manual_seed(i)
+            online.step(batches[i], batches[i + 1])
+
+    model, network, batches = problem()
+    online = learner(model, network, meta_learning_rate=1e-3)
+    steps(online, batches, 0, 3)
+    file = io.BytesIO()
+    torch.save(online.state_dict(), file)
+    steps(online, batches, 3, 7)
+
+    other_model, other_network, _ = problem(seed=1)
+    other = learner(other_model, other_network, meta_learning_rate=0.5)  # overwritten by the state
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    steps(other, batches, 3, 7)
+    assert torch.equal(flat(model), flat(other_model)) and torch.equal(flat(network), flat(other_network))
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_is_refused_before_the_first_step():
+    model, network, _ = problem()
+    with pytest.raises(ValueError, match="engine must be one of forward, unrolled; got 'fast'"):
+        learner(model, network, engine="fast")
+    for rate in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=f"meta_learning_rate must be 0 or more, got {rate}"):
+            learner(model, network, meta_learning_rate=rate)
+    with pytest.raises(ValueError, match="not in the model"):
+        OnlineLoss(model, network, torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="LBFGS has no differentiable update"):
+        OnlineLoss(model, network, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="unfreeze some of the model"):
+        OnlineLoss(model.requires_grad_(False), network, torch.optim.SGD(model.parameters(), lr=0.1))
