@@ -9,8 +9,10 @@ from typing import Annotated, Any, NoReturn
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adalfl_lite.data import BUNDLED
@@ -90,7 +92,8 @@ def train(
     """
     chosen = _task(task, steps)
     _checked(get_method, method)
-    _checked(chosen.load, root=root, download=download, seed=seed)
+    _usable(device, out)
+    _load(chosen, root=root, download=download, seed=seed)
     stem = out / f"{chosen.name}--{method}--seed{seed}"
     curves: dict[int, LossNetwork] = {}
 
@@ -143,6 +146,9 @@ def compare_command(
     names = [name.strip() for name in methods.split(",")]
     for name in names:
         _checked(get_method, name)
+    _usable(device, out)
+    for task in chosen:
+        _load(task, root=root)
     options: dict[str, Any] = {"folder": out / "jobs", "root": root, "device": device, "jobs": jobs}
     results = _checked(compare, chosen, names, range(seeds), **options)
     _write(results, out / "comparison.parquet")
@@ -175,7 +181,7 @@ def print_errors(results: pd.DataFrame, title: str) -> None:
     """Print the mean test error of every task and method with its interval over seeds, and the runs that diverged."""
     last = final_errors(results)
     summary = summarise(last[~last.diverged]) if not last.diverged.all() else pd.DataFrame()
-    table = Table("task", "method", "test error", "95 % interval", "seeds", "diverged", title=title)
+    table = Table("task", "method", "test error", "95 % interval", "seeds", "diverged", title=escape(title))
     for (task, method), group in last.groupby(["task", "method"], sort=False):
         cells = ["–", "–"]
         for row in summary.itertuples():
@@ -215,21 +221,38 @@ def _checked(function: Any, *arguments: Any, **options: Any) -> Any:
     """Call ``function``; what the user can mend ends the program with one line instead of a traceback."""
     try:
         return function(*arguments, **options)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         _fail(str(error))
 
 
+def _load(task: Task, **options: Any) -> None:
+    """Load the data once before anything is trained; a damaged file is a ``RuntimeError``."""
+    try:
+        _checked(task.load, **options)
+    except RuntimeError as error:
+        _fail(str(error))
+
+
+def _usable(device: str, out: Path) -> None:
+    """End the program unless tensors can be made on ``device`` and files in ``out``."""
+    _checked(out.mkdir, parents=True, exist_ok=True)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        _fail(f"cannot train on device {device!r}: {str(error).splitlines()[0]}")
+
+
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(2)
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False)
-    Console().print(f"table:   {path}", highlight=False, soft_wrap=True)
+    Console().print(f"table:   {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _picture(figure: plt.Figure, path: Path) -> None:
-    save_figure(figure, path)
-    Console().print(f"picture: {path}", highlight=False, soft_wrap=True)
+    _checked(save_figure, figure, path)
+    Console().print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)

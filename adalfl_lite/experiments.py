@@ -108,7 +108,8 @@ def compare(
         infinite errors.
 
     Raises:
-        ValueError: an unknown task or method, or nothing to run, before any job starts.
+        ValueError: an unknown task or method, or nothing to run, before any job starts; or ``folder`` holds a job of
+            the same name with another number of steps.
     """
     tasks = [get_task(task) if isinstance(task, str) else task for task in tasks]
     for name, values in (("tasks", tasks), ("methods", methods), ("seeds", seeds)):
@@ -118,9 +119,9 @@ def compare(
         get_method(method)
     grid = [(task, seed) for task in tasks for seed in seeds]
     job = partial(_run_methods, methods=methods, folder=folder, root=root, device=device)
-    results = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(job)(*point) for point in grid)
-    frames = [frame for frames in tqdm(results, total=len(grid), desc="jobs", disable=not progress) for frame in frames]
-    return pd.concat(frames, ignore_index=True)
+    points = tqdm(grid, desc="jobs", disable=not progress)  # advances as jobs are handed out; not all backends stream
+    results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(*point) for point in points)
+    return pd.concat([frame for frames in results for frame in frames], ignore_index=True)
 
 
 def _run_methods(
@@ -138,7 +139,10 @@ def _run_methods(
     for method in methods:
         path = None if folder is None else Path(folder) / f"{task.name}--{method}--seed{seed}.parquet"
         if path is not None and path.exists():
-            frames.append(pd.read_parquet(path))
+            stored = pd.read_parquet(path)
+            if stored.step.max() != task.steps:
+                raise ValueError(f"{path} has {stored.step.max()} steps, not {task.steps}; use another folder")
+            frames.append(stored)
             continue
         try:
             result = run(task, method, seed, root=root, device=device, shared=shared)
@@ -264,7 +268,11 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
             )
         except FloatingPointError:
             continue
-        scores.append((*evaluate(model, data.valid.to(device), data.kind), candidate))
+        error, loss = evaluate(model, data.valid.to(device), data.kind)
+        if math.isfinite(error) and math.isfinite(loss):
+            scores.append((error, loss, candidate))
+    if not scores:
+        raise FloatingPointError(f"{task.name} diverged with every learning rate; lower the task's own")
     return min(scores, key=lambda score: score[:2])[2]
 
 

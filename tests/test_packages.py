@@ -1,0 +1,101 @@
+"""Who may import whom, and how long a module may be."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHOD = (
+    "losses",
+    "files",
+    "updates",
+    "metagradient",
+    "online",
+    "initialisation",
+    "data",
+    "models",
+    "tasks",
+    "training",
+)
+MODULES = sorted([*(ROOT / "adalfl_lite").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])
+BOOK = sorted(
+    path for path in (ROOT / "book").rglob("*.py") if "_build" not in path.parts and ".jupyter_cache" not in path.parts
+)
+
+
+def imported(source: str, package: str = "") -> set[str]:
+    """The absolute dotted names a module imports, at its top or within a function; relative ones made absolute."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+    return names
+
+
+def imports_of(path: Path) -> set[str]:
+    return imported(path.read_text(encoding="utf-8"), path.parent.name)
+
+
+def within(names: set[str], package: str) -> set[str]:
+    return {name for name in names if name == package or name.startswith(package + ".")}
+
+
+def test_the_check_sees_every_way_to_import():
+    source = """
+import a.b as c
+from d import e
+def later():
+    from . import f
+    from .g import h
+    importlib.import_module("i.j")
+"""
+    assert imported(source, "p") == {"a.b", "d", "d.e", "p", "p.f", "p.g", "p.g.h", "i.j"}
+
+
+def test_there_are_modules_to_check():
+    names = {path.stem for path in MODULES}
+    assert {*METHOD, "experiments", "cli", "plotting", "statistics"} <= names
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "analysis"], ids=lambda path: path.stem)
+def test_the_diagnostics_know_nothing_of_the_training_package(path):
+    assert not within(imports_of(path), "adalfl_lite"), "analysis takes any model and any loss callable"
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_the_method_knows_nothing_of_experiments_command_line_or_diagnostics(name):
+    names = imports_of(ROOT / "adalfl_lite" / f"{name}.py")
+    for above in ("adalfl_lite.experiments", "adalfl_lite.cli", "analysis"):
+        assert not within(names, above)
+
+
+def test_only_the_command_line_joins_the_two_packages():
+    joining = {p.stem for p in MODULES if p.parent.name == "adalfl_lite" and within(imports_of(p), "analysis")}
+    assert joining == {"cli"}
+    assert not any(within(imports_of(path), "adalfl_lite.cli") for path in MODULES)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_nothing_imports_the_book_or_the_tests(path):
+    names = imports_of(path)
+    for outside in ("book", "tests", *(p.stem for p in BOOK if p.stem != "__init__")):
+        assert not within(names, outside)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_module_is_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_the_method_imports_no_plotting_and_no_command_line():
+    """Training on a cluster needs neither; the import stays quick."""
+    for name in METHOD:
+        names = {re.split(r"\.", found)[0] for found in imports_of(ROOT / "adalfl_lite" / f"{name}.py")}
+        assert not names & {"matplotlib", "seaborn", "typer", "rich"}, name
