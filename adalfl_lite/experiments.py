@@ -55,6 +55,7 @@ class Method:
     loss: str  # "task", "adalfl" or "ml3"
     online: bool = False
     meta_batches: str = "valid"
+    imitation_steps: int = 800
     rollout_steps: int = 20
     tuned: bool = False
     train_on_valid: bool = False
@@ -62,7 +63,7 @@ class Method:
 
 METHODS = {
     "handcrafted": Method("task"),
-    "ml3": Method("ml3", rollout_steps=1),
+    "ml3": Method("ml3", imitation_steps=0, rollout_steps=1),
     "offline": Method("adalfl"),
     "online": Method("adalfl", online=True),
     "online-train": Method("adalfl", online=True, meta_batches="train"),
@@ -184,7 +185,7 @@ def run(
             data = replace(data, train=_joined(data.train, data.valid))
         initialisation_seconds = time.perf_counter() - started
     else:
-        key, shared = (how.loss, how.meta_batches, how.rollout_steps), {} if shared is None else shared
+        key, shared = (how.loss, how.meta_batches), {} if shared is None else shared
         if key not in shared:
             network, outcome = learned_loss(task, data, seed, method=how, device=device, progress=progress)
             shared[key] = network, outcome, time.perf_counter() - started
@@ -240,6 +241,7 @@ def learned_loss(
         meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed),
         make_optimizer=task.make_optimizer,
         steps=INITIALISATION_STEPS,
+        imitation_steps=method.imitation_steps,
         rollout_steps=method.rollout_steps,
         rehearsal_steps=min(task.steps, MAX_REHEARSAL_STEPS),
         validate=lambda model: evaluate(model, meta, data.kind),

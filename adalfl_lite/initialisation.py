@@ -2,14 +2,17 @@
 
 Repeat: draw a fresh base model, take a base step with M_φ on a training batch, update φ with the gradient of the task
 loss on a meta batch at the new θ. Its reward is one step deep, so it favours steep losses: left to run, the slope of
-M_φ grows without bound, and a loss that is best for one step ruins a whole training run (the short-horizon bias).
-Two additions of ours, each with a setting that gives the paper's algorithm back, make φ suit the optimizer it is for:
+M_φ grows without bound, and a loss that is best for one step ruins a whole training run (the short-horizon bias). Where
+the base model learns slowly, its outputs never leave the neighbourhood of the uniform distribution, and what M_φ does
+elsewhere is left to chance. Three additions of ours, each with a setting that gives the paper's algorithm back:
 
+- ``imitation_steps``: before anything else φ is fitted to the task loss, so that M_φ is sensible for every output, also
+  those that Algorithm 1 does not visit (0 is Algorithm 1, which begins with a random φ);
 - ``rollout_steps``: the base model and its optimizer are drawn afresh every so many steps instead of every step, so φ
   meets momentum and later stages of training (1 is Algorithm 1);
 - ``rehearsals``: at that many geometrically spaced moments φ is frozen and a fresh model trained with it for
-  ``rehearsal_steps``; the φ whose model has the lowest validation error is kept, and the search ends after
-  ``patience`` rehearsals without a better one (0 rehearsals is Algorithm 1).
+  ``rehearsal_steps``; the φ whose model has the lowest validation error is kept (0 rehearsals is Algorithm 1). The
+  imitation is rehearsed first, so the loss that is kept beats it on validation data, or is it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -34,6 +38,9 @@ MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
 ABANDON_FACTOR = 100.0
 """A rollout ends early when its task loss exceeds this many times that of its first step."""
+
+OUTPUT_SCALE = {"classification": 6.0, "regression": 3.0}
+"""The outputs that :func:`imitate` draws have standard deviations up to this: logits, or standardised predictions."""
 
 VALIDATION_BATCHES = 20
 """A rehearsal is scored on at most this many meta batches, drawn once, unless ``validate`` is given."""
@@ -62,16 +69,16 @@ def initialise(
     make_optimizer: MakeOptimizer,
     steps: int = 2500,
     meta_learning_rate: float = 1e-3,
+    imitation_steps: int = 800,
     rollout_steps: int = 20,
-    rehearsals: int = 12,
+    rehearsals: int = 8,
     rehearsal_steps: int = 300,
-    patience: int = 4,
     validate: Callable[[nn.Module], tuple[float, float]] | None = None,
     task_loss: Loss | None = None,
     engine: str = "forward",
     progress: bool = False,
 ) -> Initialisation:
-    """Meta-learn ``loss_network`` in place before training (Algorithm 1, with the two additions above).
+    """Meta-learn ``loss_network`` in place before training (Algorithm 1, with the three additions above).
 
     Args:
         loss_network: M_φ.
@@ -81,10 +88,10 @@ def initialise(
         make_optimizer: parameters -> the base optimizer that will be used for training.
         steps: S_init, the number of meta steps.
         meta_learning_rate: η of the Adam that updates φ.
+        imitation_steps: steps of :func:`imitate` before the first meta step; 0 starts from ``loss_network`` as it is.
         rollout_steps: base steps before model and optimizer are drawn afresh; 1 is the paper's algorithm.
         rehearsals: how many φ along the way are tried out; 0 keeps the last one, as the paper does.
         rehearsal_steps: length of a rehearsal; best as long as the training to come, where that can be afforded.
-        patience: end after so many rehearsals in a row without a better one.
         validate: model -> (error, task loss) on validation data, to score a rehearsal.
         task_loss: L_T; by default the one of ``loss_network.kind``.
         engine: meta-gradient engine, see :class:`~adalfl_lite.online.OnlineLoss`.
@@ -96,10 +103,10 @@ def initialise(
     """
     for name, value, least in (
         ("steps", steps, 1),
+        ("imitation_steps", imitation_steps, 0),
         ("rollout_steps", rollout_steps, 1),
         ("rehearsals", rehearsals, 0),
         ("rehearsal_steps", rehearsal_steps, 1),
-        ("patience", patience, 1),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -125,6 +132,18 @@ def initialise(
             engine=engine,
         )
 
+    def rehearse(step: int) -> None:
+        nonlocal best_key, best_step, best_state
+        error, loss = _rehearse(loss_network, make_model, make_optimizer, train_batches, rehearsal_steps, validate)
+        records.append({"step": step, "error": error, "task_loss": loss})
+        if (error, loss) < best_key:
+            best_key, best_step = (error, loss), step
+            best_state = {name: tensor.clone() for name, tensor in loss_network.state_dict().items()}
+
+    if imitation_steps:
+        imitate(loss_network, task_loss, make_model().train()(next(train_batches)[0]), steps=imitation_steps)
+        if rehearsals:
+            rehearse(0)
     online, first_loss = draw(), math.inf
     remaining = rollout_steps
     for step in tqdm(range(1, steps + 1), desc="initialise", disable=not progress):
@@ -139,14 +158,7 @@ def initialise(
         if not current < ABANDON_FACTOR * first_loss:
             abandoned, remaining = abandoned + 1, 0
         if step in moments:
-            error, loss = _rehearse(loss_network, make_model, make_optimizer, train_batches, rehearsal_steps, validate)
-            records.append({"step": step, "error": error, "task_loss": loss})
-            if (error, loss) < best_key:
-                best_key, best_step = (error, loss), step
-                best_state = {k: v.clone() for k, v in loss_network.state_dict().items()}
-            since_best = sum(record["step"] > best_step for record in records) if best_state else 0
-            if since_best >= patience:
-                break
+            rehearse(step)
     if records and best_state is None:
         raise FloatingPointError(
             f"all {len(records)} rehearsals diverged; lower the base learning rate, or rehearse more often"
@@ -154,6 +166,45 @@ def initialise(
     if best_state is not None:
         loss_network.load_state_dict(best_state)
     return Initialisation(step, best_step, abandoned, pd.DataFrame(records, columns=["step", "error", "task_loss"]))
+
+
+def imitate(
+    loss_network: LossNetwork, task_loss: Loss, prediction: Tensor, *, steps: int = 800, learning_rate: float = 0.02
+) -> float:
+    """Fit φ so that M_φ pushes the outputs as the task loss does: min_φ E ‖∂M_φ/∂f − ∂L_T/∂f‖² / E ‖∂L_T/∂f‖².
+
+    The outputs are drawn at random, from hesitant to certain, so this needs neither data nor a model.
+
+    Args:
+        loss_network: M_φ, changed in place.
+        task_loss: L_T.
+        prediction: an output of the base model, (B, C) or (B, K); only its shape, dtype and device are used.
+        steps: steps of Adam.
+        learning_rate: of Adam, annealed to zero along a cosine.
+
+    Returns:
+        The relative squared error at the last step.
+    """
+    optimizer = torch.optim.Adam(loss_network.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scale = OUTPUT_SCALE[loss_network.kind]
+    like: dict[str, Any] = {"dtype": prediction.dtype, "device": prediction.device}
+    error = torch.tensor(math.inf)
+    for _ in range(steps):
+        output = scale * torch.rand(len(prediction), 1, **like) * torch.randn(prediction.shape, **like)
+        output.requires_grad_(True)
+        if loss_network.kind == "classification":
+            target = torch.randint(prediction.shape[1], (len(prediction),), device=prediction.device)
+        else:
+            target = torch.randn(prediction.shape, **like)
+        (wanted,) = torch.autograd.grad(task_loss(output, target), output)
+        (given,) = torch.autograd.grad(loss_network(output, target), output, create_graph=True)
+        error = (given - wanted).square().sum() / wanted.square().sum()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+    return error.item()
 
 
 def endless(batches: Iterable[Batch], name: str) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
-from analysis.effective_lr import effective_lr
+from analysis.effective_lr import effective_learning_rate
 from analysis.gradients import Data, on_device
 from analysis.inputs import Loss, preserved
 from analysis.plotting import PALETTE, label, legend_above
@@ -73,7 +73,7 @@ def push_and_gap(model: nn.Module, loss: Loss, task_loss: Loss, train: Data, val
         >>> round(found["scale"], 4), found["gap"]
         (3.0, 0.0)
     """
-    gradients = vars(effective_lr(model, loss, task_loss, train))
+    gradients = vars(effective_learning_rate(model, loss, task_loss, train))
     train_loss, valid_loss = _mean_loss(model, task_loss, train), _mean_loss(model, task_loss, valid)
     push = {name: gradients[name] for name in MEASURES}
     return {**push, "train_loss": train_loss, "valid_loss": valid_loss, "gap": valid_loss - train_loss}

@@ -33,7 +33,7 @@ from analysis.plotting import DIVERGING, SEQUENTIAL, colours, label, legend_abov
 
 @dataclass(frozen=True)
 class EffectiveLR:
-    """Equation (1) in numbers, see :func:`effective_lr`."""
+    """Equation (1) in numbers, see :func:`effective_learning_rate`."""
 
     scale: float
     """c; NaN if ∇L = 0."""
@@ -69,7 +69,9 @@ def decompose(gradient: Tensor, task_gradient: Tensor) -> tuple[float, Tensor]:
     return scale.item(), gradient - scale * task_gradient
 
 
-def effective_lr(model: nn.Module, loss: Loss, task_loss: Loss, data: Data, state: State | None = None) -> EffectiveLR:
+def effective_learning_rate(
+    model: nn.Module, loss: Loss, task_loss: Loss, data: Data, state: State | None = None
+) -> EffectiveLR:
     """Equation (1) over all parameters of the model that require a gradient.
 
     Args:
@@ -86,17 +88,17 @@ def effective_lr(model: nn.Module, loss: Loss, task_loss: Loss, data: Data, stat
         >>> import torch
         >>> model, data = nn.Linear(2, 3), (torch.randn(8, 2), torch.randint(3, (8,)))
         >>> task_loss = nn.functional.cross_entropy
-        >>> found = effective_lr(model, lambda p, y: 5 * task_loss(p, y), task_loss, data)
+        >>> found = effective_learning_rate(model, lambda p, y: 5 * task_loss(p, y), task_loss, data)
         >>> round(found.scale, 4), round(found.cosine, 4)
         (5.0, 1.0)
     """
     return _measure(*map(flat, mean_gradients(model, [loss, task_loss], data, state)))
 
 
-def effective_lr_by_layer(
+def effective_learning_rate_by_layer(
     model: nn.Module, loss: Loss, task_loss: Loss, data: Data, state: State | None = None
 ) -> pd.DataFrame:
-    """Equation (1) for each layer's parameters by themselves; arguments as in :func:`effective_lr`.
+    """Equation (1) for each layer's parameters by themselves; arguments as in :func:`effective_learning_rate`.
 
     Layers that differ in c are a preconditioner, which no single learning rate imitates.
 
@@ -114,8 +116,8 @@ def implied_schedule(frame: pd.DataFrame, learning_rate: float | Callable[[int],
     """Add α(t) and the learning rate c(t)·α(t) that the loss implies for the task loss.
 
     Args:
-        frame: with the columns step and scale, as :class:`analysis.recorder.Recorder` makes of :func:`effective_lr`
-            or :func:`effective_lr_by_layer`.
+        frame: with the columns step and scale, as :class:`analysis.recorder.Recorder` makes of
+            :func:`effective_learning_rate` or :func:`effective_learning_rate_by_layer`.
         learning_rate: α > 0 of the optimizer, or α(step).
 
     Returns:

@@ -148,7 +148,7 @@ def logit_gradient(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
     return gradient * len(prediction)
 
 
-def label_smoothing(model: nn.Module, loss: Loss, data: Data) -> LabelSmoothing:
+def implied_label_smoothing(model: nn.Module, loss: Loss, data: Data) -> LabelSmoothing:
     """The label smoothing that fits a loss at the predictions of a model, :func:`fit_label_smoothing`.
 
     Args:
@@ -161,14 +161,14 @@ def label_smoothing(model: nn.Module, loss: Loss, data: Data) -> LabelSmoothing:
 
     Examples:
         >>> model, data = nn.Linear(2, 3), (torch.randn(8, 2), torch.randint(3, (8,)))
-        >>> round(label_smoothing(model, nn.CrossEntropyLoss(label_smoothing=0.2), data).epsilon, 4)
+        >>> round(implied_label_smoothing(model, nn.CrossEntropyLoss(label_smoothing=0.2), data).epsilon, 4)
         0.2
     """
     return fit_label_smoothing(*_with_gradients(model, loss, data))
 
 
 def target_gradients(model: nn.Module, loss: Loss, data: Data) -> pd.DataFrame:
-    """How the loss pushes the logit of each example's target; arguments as in :func:`label_smoothing`.
+    """How the loss pushes the logit of each example's target; arguments as in :func:`implied_label_smoothing`.
 
     Returns:
         One row per example: probability p_y of the target, and gradient ∂M/∂f_y; a negative one raises p_y.
@@ -317,7 +317,7 @@ def plot_label_smoothing(frame: pd.DataFrame, ax: Axes | None = None, identifiab
 
     Args:
         frame: one run, with the columns step, epsilon, r2 and identifiability, as
-            :class:`analysis.recorder.Recorder` makes of :func:`label_smoothing`.
+            :class:`analysis.recorder.Recorder` makes of :func:`implied_label_smoothing`.
         ax: where to draw; the current axes if None.
         identifiability: leave out the points where it is less, early in training for most, and those without an ε.
 

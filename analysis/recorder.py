@@ -3,8 +3,8 @@
 For example, with any diagnostics of this package or your own functions of (model, loss)::
 
     recorder = Recorder(
-        effective_lr=lambda model, loss: effective_lr(model, loss, F.cross_entropy, batch),
-        layers=lambda model, loss: effective_lr_by_layer(model, loss, F.cross_entropy, batch),
+        effective_lr=lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch),
+        layers=lambda model, loss: effective_learning_rate_by_layer(model, loss, F.cross_entropy, batch),
         every=100,
     )
     for step, batch in enumerate(loader):

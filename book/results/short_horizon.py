@@ -18,7 +18,7 @@ from adalfl_lite.files import atomic_path
 from adalfl_lite.losses import task_loss
 from adalfl_lite.metagradient import plain_step
 from adalfl_lite.tasks import get_task
-from analysis.effective_lr import effective_lr
+from analysis.effective_lr import effective_learning_rate
 
 LENGTHS = (25, 50, 100, 200, 400, 800, 1600, 2500)
 VARIANTS = {  # name: (loss network, base steps before the model is drawn afresh)
@@ -70,7 +70,7 @@ def whole_run(loss, task, data, seed) -> dict:
     """How large the loss is for a fresh model, and the test error of training with it."""
     model, optimizer = fresh(task, data, seed)
     batches = data.train.batches(task.batch_size, seed=seed)
-    scale = effective_lr(model, loss, task_loss(data.kind), next(batches)).scale
+    scale = effective_learning_rate(model, loss, task_loss(data.kind), next(batches)).scale
     for _ in range(HORIZON):
         plain_step(model, loss, optimizer, next(batches))
     return {"scale": scale, "test_error": evaluate(model, data.test, data.kind)[0]}

@@ -15,8 +15,8 @@ import analysis.effective_lr
 from adalfl_lite.losses import LossNetwork
 from analysis.effective_lr import (
     decompose,
-    effective_lr,
-    effective_lr_by_layer,
+    effective_learning_rate,
+    effective_learning_rate_by_layer,
     implied_schedule,
     plot_layer_schedule,
     plot_schedule,
@@ -58,17 +58,17 @@ def ax():
 @pytest.mark.parametrize("k", [3.7, 1e-6, -2.0])
 def test_a_multiple_of_the_task_loss_is_a_learning_rate(k):
     model, data = convnet(), images()
-    found = effective_lr(model, lambda p, y: k * F.cross_entropy(p, y), F.cross_entropy, data)
+    found = effective_learning_rate(model, lambda p, y: k * F.cross_entropy(p, y), F.cross_entropy, data)
     assert found.scale == pytest.approx(k, rel=1e-12)
     assert found.cosine == pytest.approx(np.sign(k), abs=1e-12)
     assert found.residual_ratio < 1e-12
-    layers = effective_lr_by_layer(model, lambda p, y: k * F.cross_entropy(p, y), F.cross_entropy, data)
+    layers = effective_learning_rate_by_layer(model, lambda p, y: k * F.cross_entropy(p, y), F.cross_entropy, data)
     np.testing.assert_allclose(layers.scale, k, rtol=1e-12)
 
 
 def test_a_multiple_is_found_in_float32():
     model, (x, y) = convnet().float(), images()
-    found = effective_lr(model, lambda p, y: 3 * F.cross_entropy(p, y), F.cross_entropy, (x.float(), y))
+    found = effective_learning_rate(model, lambda p, y: 3 * F.cross_entropy(p, y), F.cross_entropy, (x.float(), y))
     assert found.scale == pytest.approx(3, rel=1e-5)
 
 
@@ -76,10 +76,16 @@ def test_a_multiple_is_found_in_float32():
 def test_a_learned_loss_against_plain_autograd(training):
     model, data, loss = convnet().train(training), images(), learned_loss()
     m, t = backward(model, loss, data), backward(model, F.cross_entropy, data)
-    by_layer = effective_lr_by_layer(model, loss, F.cross_entropy, data).set_index("layer")
+    by_layer = effective_learning_rate_by_layer(model, loss, F.cross_entropy, data).set_index("layer")
     assert list(by_layer.index) == ["0", "1", "4"]
     pairs = [(by_layer.loc[name], m[name], t[name]) for name in m]
-    pairs.append((effective_lr(model, loss, F.cross_entropy, data), torch.cat([*m.values()]), torch.cat([*t.values()])))
+    pairs.append(
+        (
+            effective_learning_rate(model, loss, F.cross_entropy, data),
+            torch.cat([*m.values()]),
+            torch.cat([*t.values()]),
+        )
+    )
     for found, gradient, task_gradient in pairs:
         (c,) = np.linalg.lstsq(task_gradient[:, None].numpy(), gradient.numpy(), rcond=None)[0]
         residual = gradient - c * task_gradient
@@ -106,23 +112,23 @@ def test_the_residual_is_orthogonal_and_the_parts_add_up():
 
 def test_a_loader_gives_what_one_batch_gives():
     model, (x, y), loss = convnet().eval(), images(), learned_loss()
-    whole = effective_lr(model, loss, F.cross_entropy, (x, y))
-    parts = effective_lr(model, loss, F.cross_entropy, [(x[:5], y[:5]), (x[5:], y[5:])])
+    whole = effective_learning_rate(model, loss, F.cross_entropy, (x, y))
+    parts = effective_learning_rate(model, loss, F.cross_entropy, [(x[:5], y[:5]), (x[5:], y[5:])])
     assert vars(parts) == pytest.approx(vars(whole), rel=1e-10)
 
 
 def test_another_state_in_place_of_the_models():
     model, other, data, loss = convnet(0), convnet(5), images(), learned_loss()
-    given = effective_lr(model, loss, F.cross_entropy, data, other.state_dict())
-    assert given == effective_lr(other, loss, F.cross_entropy, data)
+    given = effective_learning_rate(model, loss, F.cross_entropy, data, other.state_dict())
+    assert given == effective_learning_rate(other, loss, F.cross_entropy, data)
 
 
 def test_gradients_that_vanish():
     model, data = nn.Linear(3, 2).double(), (torch.ones(4, 3).double(), torch.zeros(4, 2).double())
-    flat = effective_lr(model, lambda p, y: 0 * p.sum(), F.mse_loss, data)
+    flat = effective_learning_rate(model, lambda p, y: 0 * p.sum(), F.mse_loss, data)
     assert flat.scale == flat.gradient_norm == flat.residual_norm == 0
     assert np.isnan(flat.cosine) and np.isnan(flat.residual_ratio)
-    none = effective_lr(model, F.mse_loss, lambda p, y: 0 * p.sum(), data)
+    none = effective_learning_rate(model, F.mse_loss, lambda p, y: 0 * p.sum(), data)
     assert np.isnan(none.scale) and np.isnan(none.cosine) and none.gradient_norm > 0
 
 
@@ -142,7 +148,7 @@ def test_training_under_the_schedule_imitates_a_loss_that_is_one():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, c in enumerate(scales):
         loss = lambda p, y, c=c: c * F.cross_entropy(p, y)  # noqa: E731
-        frames.append({"step": step, **vars(effective_lr(model, loss, F.cross_entropy, data))})
+        frames.append({"step": step, **vars(effective_learning_rate(model, loss, F.cross_entropy, data))})
         optimizer.zero_grad()
         loss(model(data[0]), data[1]).backward()
         optimizer.step()
@@ -158,7 +164,7 @@ def test_training_under_the_schedule_imitates_a_loss_that_is_one():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [effective_lr, effective_lr_by_layer])
+@pytest.mark.parametrize("function", [effective_learning_rate, effective_learning_rate_by_layer])
 def test_the_model_and_the_loss_are_left_as_they_were(function, unchanged):
     model, data, loss = convnet(), images(), learned_loss()
     model.insert(4, nn.Dropout(0.3))
@@ -172,13 +178,13 @@ def test_the_model_and_the_loss_are_left_as_they_were(function, unchanged):
 def test_bad_input_is_named():
     model, (x, y) = convnet(), images()
     with pytest.raises(ValueError, match="NaN"):
-        effective_lr(model, F.cross_entropy, F.cross_entropy, (x / 0, y))
+        effective_learning_rate(model, F.cross_entropy, F.cross_entropy, (x / 0, y))
     with pytest.raises(ValueError, match="no data"):
-        effective_lr_by_layer(model, F.cross_entropy, F.cross_entropy, [])
+        effective_learning_rate_by_layer(model, F.cross_entropy, F.cross_entropy, [])
     with pytest.raises(ValueError, match="finite scalar"):
-        effective_lr(model, lambda p, y: p.sum() * float("nan"), F.cross_entropy, (x, y))
+        effective_learning_rate(model, lambda p, y: p.sum() * float("nan"), F.cross_entropy, (x, y))
     with pytest.raises(ValueError, match="unfreeze"):
-        effective_lr(convnet().requires_grad_(False), F.cross_entropy, F.cross_entropy, (x, y))
+        effective_learning_rate(convnet().requires_grad_(False), F.cross_entropy, F.cross_entropy, (x, y))
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
         decompose(torch.ones(2), torch.ones(3))
     frame = pd.DataFrame({"step": [0], "scale": [1.0]})

@@ -15,7 +15,7 @@ import analysis.label_smoothing
 from adalfl_lite.losses import LossNetwork
 from analysis.label_smoothing import (
     fit_label_smoothing,
-    label_smoothing,
+    implied_label_smoothing,
     logit_gradient,
     logit_statistics,
     penultimate_statistics,
@@ -76,7 +76,7 @@ def test_smoothed_cross_entropy_gives_its_epsilon(dtype, epsilon, spread, classe
 def test_a_model_and_a_loader(dtype, training):
     model, (x, y) = classifier(dtype).train(training), examples(dtype=dtype)
     for epsilon in (0.0, 0.05, 0.1, 0.2):
-        fit = label_smoothing(model, smoothed(epsilon), [(x[:7], y[:7]), (x[7:], y[7:])])
+        fit = implied_label_smoothing(model, smoothed(epsilon), [(x[:7], y[:7]), (x[7:], y[7:])])
         assert (fit.epsilon, fit.scale, fit.examples) == (
             pytest.approx(epsilon, abs=0.005),
             pytest.approx(1, abs=1e-3),
@@ -86,8 +86,8 @@ def test_a_model_and_a_loader(dtype, training):
 
 def test_a_short_batch_counts_by_its_examples():
     model, (x, y), loss = classifier().eval(), examples(), learned_loss()
-    whole = label_smoothing(model, loss, (x, y))
-    parts = label_smoothing(model, loss, [(x[:4], y[:4]), (x[4:], y[4:])])
+    whole = implied_label_smoothing(model, loss, (x, y))
+    parts = implied_label_smoothing(model, loss, [(x[:4], y[:4]), (x[4:], y[4:])])
     assert vars(parts) == pytest.approx(vars(whole), rel=1e-10)
 
 
@@ -211,7 +211,7 @@ def test_penultimate_statistics_by_hand():
 
 FUNCTIONS = {
     "target_gradients": lambda model, loss, data: target_gradients(model, loss, data),
-    "label_smoothing": lambda model, loss, data: label_smoothing(model, loss, data),
+    "implied_label_smoothing": lambda model, loss, data: implied_label_smoothing(model, loss, data),
     "logit_gradient": lambda model, loss, data: logit_gradient(loss, data[0][:, :4], data[1]),
     "logit_statistics": lambda model, loss, data: logit_statistics(model, data),
     "penultimate_statistics": lambda model, loss, data: penultimate_statistics(model, data),
@@ -238,17 +238,17 @@ def test_bad_input_is_named():
     diverged = classifier()
     nn.init.constant_(diverged[4].bias, math.inf)
     with pytest.raises(ValueError, match="NaN"):
-        label_smoothing(model, F.cross_entropy, (x / 0, y))
+        implied_label_smoothing(model, F.cross_entropy, (x / 0, y))
     with pytest.raises(ValueError, match="no data"):
-        label_smoothing(model, F.cross_entropy, [])
+        implied_label_smoothing(model, F.cross_entropy, [])
     with pytest.raises(ValueError, match="no data"):
         logit_statistics(model, [])
     with pytest.raises(ValueError, match="int64"):
-        label_smoothing(model, F.mse_loss, (x, x))
+        implied_label_smoothing(model, F.mse_loss, (x, x))
     with pytest.raises(ValueError, match="classes 4 to 7 do not fit 4"):
-        label_smoothing(model, F.cross_entropy, (x, y + 4))
+        implied_label_smoothing(model, F.cross_entropy, (x, y + 4))
     with pytest.raises(ValueError, match="finite scalar"):
-        label_smoothing(model, lambda f, y: f.sum(1), (x, y))
+        implied_label_smoothing(model, lambda f, y: f.sum(1), (x, y))
     with pytest.raises(ValueError, match="diverged"):
         logit_statistics(diverged, (x, y))
     with pytest.raises(ValueError, match="C > 1"):

@@ -15,7 +15,7 @@ import analysis.recorder
 from adalfl_lite.data import load_dataset
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.training import fit
-from analysis.effective_lr import effective_lr, effective_lr_by_layer
+from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer
 from analysis.recorder import Recorder
 
 
@@ -66,8 +66,8 @@ def test_a_run_is_the_same_with_and_without():
     batch = data.train[:]
     recorder = Recorder(
         careless=careless,
-        whole=lambda model, loss: effective_lr(model, loss, F.cross_entropy, batch),
-        layers=lambda model, loss: effective_lr_by_layer(model, loss, F.cross_entropy, batch),
+        whole=lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch),
+        layers=lambda model, loss: effective_learning_rate_by_layer(model, loss, F.cross_entropy, batch),
     )
     runs = []
     for callback in (None, recorder):
@@ -153,7 +153,7 @@ def test_seconds_and_share_are_those_of_the_diagnostics(monkeypatch):
 
 def test_checkpoints_give_what_the_run_gave():
     batch = examples()
-    diagnostics = {"whole": lambda model, loss: effective_lr(model, loss, F.cross_entropy, batch)}
+    diagnostics = {"whole": lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch)}
     model, loss, live, checkpoints = classifier().double(), learned_loss().double(), Recorder(**diagnostics), []
     batch = (batch[0].double(), batch[1])
     start = copy.deepcopy((model, loss))
