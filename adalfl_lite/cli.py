@@ -114,7 +114,7 @@ def train(
         if curves:
             shown = curves if METHODS[method].online else {max(curves): curves[max(curves)]}
             kind = next(iter(curves.values())).kind
-            plot_loss_curves(loss_curves(shown, kind), axes[0, 1])
+            plot_loss_curves(loss_curves(shown, kind), axes[0, 1], hue="step" if len(shown) > 1 else "target")
             curves[max(curves)].save(stem.with_name(stem.name + ".loss.pt"))
         _picture(figure, stem.with_name(stem.name + ".png"))
     checkpoint.unlink(missing_ok=True)

@@ -120,8 +120,8 @@ def compare(
         get_method(method)
     grid = [(task, seed) for task in tasks for seed in seeds]
     job = partial(_run_methods, methods=methods, folder=folder, root=root, device=device)
-    points = tqdm(grid, desc="jobs", disable=not progress)  # advances as jobs are handed out; not all backends stream
-    results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(*point) for point in points)
+    with tqdm(grid, desc="jobs", disable=not progress) as points:  # as jobs are handed out: not all backends stream
+        results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(*point) for point in points)
     return pd.concat([frame for frames in results for frame in frames], ignore_index=True)
 
 

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from adalfl_lite.losses import Loss, LossNetwork, task_error
 from adalfl_lite.metagradient import Batch, plain_step
-from adalfl_lite.online import OnlineLoss, default_task_loss
+from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
 
 MakeModel = Callable[[], nn.Module]
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -110,6 +110,8 @@ def initialise(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     task_loss = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
     if validate is None:

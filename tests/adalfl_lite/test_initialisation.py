@@ -1,4 +1,4 @@
-"""Algorithm 1 against itself written again, and the two additions: rollouts and rehearsals."""
+"""Algorithm 1 against itself written again, and the three additions: imitation, rollouts and rehearsals."""
 
 import copy
 import itertools
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite.initialisation import endless, initialise
+from adalfl_lite.initialisation import endless, imitate, initialise
 from adalfl_lite.losses import LossNetwork
 
 
@@ -74,6 +74,7 @@ def test_without_the_additions_it_is_algorithm_1(kind, engine):
         meta_learning_rate=1e-2,
         rollout_steps=1,
         rehearsals=0,
+        imitation_steps=0,
         engine=engine,
     )
     torch.testing.assert_close(weights(network), weights(expected), rtol=1e-8, atol=1e-9)
@@ -93,7 +94,7 @@ def test_a_rollout_keeps_model_and_optimizer_for_its_steps():
         return optimizers[-1]
 
     batches = batches_of("classification", 5)
-    options = {"make_optimizer": make_optimizer, "steps": 10, "rollout_steps": 4, "rehearsals": 0}
+    options = {"make_optimizer": make_optimizer, "steps": 10, "rollout_steps": 4, "rehearsals": 0, "imitation_steps": 0}
     initialise(LossNetwork.classification(), draw, batches, batches, **options)
     assert [int(model[1].num_batches_tracked) for model in drawn] == [4, 4, 2]  # and so was set to train mode
     assert len(optimizers) == 3
@@ -107,11 +108,41 @@ def test_momentum_is_seen_only_by_longer_rollouts():
         torch.manual_seed(0)
         network = LossNetwork.classification(generator=torch.Generator().manual_seed(0))
         batches = batches_of("classification", 5)
-        options = {"steps": 10, "rollout_steps": rollout_steps, "rehearsals": 0}
+        options = {"steps": 10, "rollout_steps": rollout_steps, "rehearsals": 0, "imitation_steps": 0}
         initialise(network, make_model, batches, batches, make_optimizer=sgd(momentum=momentum), **options)
         found[rollout_steps, momentum] = weights(network)
     assert torch.equal(found[1, 0.0], found[1, 0.9])
     assert not torch.equal(found[5, 0.0], found[5, 0.9])
+
+
+# Imitation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("classification", 0.5), ("regression", 0.02)])
+def test_an_imitation_pushes_outputs_as_the_task_loss_does(kind, bound):
+    """Against the task loss's gradient written by hand, on outputs that were not fitted."""
+    torch.manual_seed(0)
+    network = LossNetwork.default(kind)
+    reported = imitate(network, F.cross_entropy if kind == "classification" else F.mse_loss, torch.empty(50, 3))
+    output = (2 * torch.randn(400, 3)).requires_grad_(True)
+    target = torch.randint(3, (400,)) if kind == "classification" else torch.randn(400, 3)
+    (given,) = torch.autograd.grad(network(output, target), output)
+    if kind == "classification":
+        wanted = (output.softmax(1) - F.one_hot(target, 3)) / 400
+    else:
+        wanted = 2 * (output - target) / output.numel()
+    error = ((given - wanted).square().sum() / wanted.square().sum()).item()
+    assert error < bound and reported < bound
+    assert F.cosine_similarity(given.flatten(), wanted.flatten(), dim=0) > 0.8
+
+
+def test_the_imitation_is_rehearsed_first_and_kept_if_nothing_beats_it():
+    scores = [(0.2, 1.0), (0.3, 1.0), (0.2, 1.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0)]
+    network, result, seen, _ = rehearsed(scores, imitation_steps=5)
+    assert result.rehearsals.step.tolist() == [0, 11, 16, 23, 32, 45, 64]
+    assert result.chosen_step == 0 and torch.equal(weights(network), seen[0])
+    alone = LossNetwork.classification(generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(weights(alone), seen[0])
 
 
 # Rehearsals --------------------------------------------------------------------------------------------------------
@@ -129,7 +160,7 @@ def rehearsed(scores, **options):
 
     torch.manual_seed(1)
     batches = batches_of("classification", 5)
-    options = {"steps": 64, "rehearsals": 6, "rehearsal_steps": 3, "patience": 6, **options}
+    options = {"steps": 64, "rehearsals": 6, "rehearsal_steps": 3, "imitation_steps": 0, **options}
     result = initialise(
         network,
         make_model,
@@ -155,14 +186,6 @@ def test_the_phi_with_the_lowest_validation_error_is_kept():
     assert len({tuple(phi.tolist()) for phi in seen}) == 6 and len({id(model) for model in models}) == 6
 
 
-@pytest.mark.parametrize(("patience", "last"), [(1, 23), (2, 32), (3, 45)])
-def test_patience_ends_the_search(patience, last):
-    scores = [(0.5, 1.0), (0.3, 1.0), (0.4, 1.0), (0.4, 1.0), (0.4, 1.0), (0.0, 0.0)]
-    network, result, seen, _ = rehearsed(scores, patience=patience)
-    assert result.steps == result.rehearsals.step.max() == last
-    assert result.chosen_step == 16 and torch.equal(weights(network), seen[1])
-
-
 def test_a_rehearsal_trains_a_fresh_model_with_phi_frozen_on_training_batches():
     """The score in the table is had again by a plain loop with the φ of that step."""
     train, valid = batches_of("classification", 4, seed=1), batches_of("classification", 25, seed=2)
@@ -176,7 +199,16 @@ def test_a_rehearsal_trains_a_fresh_model_with_phi_frozen_on_training_batches():
     network = LossNetwork.classification(generator=torch.Generator().manual_seed(0))
     # one rehearsal after the only step: its model is the last one drawn
     result = initialise(
-        network, watched, train, valid, make_optimizer=sgd(), steps=1, rehearsals=1, rehearsal_steps=6, rollout_steps=1
+        network,
+        watched,
+        train,
+        valid,
+        make_optimizer=sgd(),
+        steps=1,
+        imitation_steps=0,
+        rollout_steps=1,
+        rehearsals=1,
+        rehearsal_steps=6,
     )
     torch.set_rng_state(kept["random"])
     model = make_model()
@@ -211,7 +243,14 @@ def test_a_diverging_rollout_is_abandoned_and_another_model_drawn():
         return make_model()
 
     batches = batches_of("regression", 3)
-    options = {"make_optimizer": sgd(), "steps": 30, "rollout_steps": 1000, "rehearsals": 0, "meta_learning_rate": 0.0}
+    options = {
+        "make_optimizer": sgd(),
+        "steps": 30,
+        "rollout_steps": 1000,
+        "rehearsals": 0,
+        "imitation_steps": 0,
+        "meta_learning_rate": 0.0,
+    }
     network = LossNetwork.regression(generator=torch.Generator().manual_seed(0))
     phi = weights(network)
     calm = initialise(network, draw, batches, batches, **options)
@@ -226,7 +265,7 @@ def test_numbers_that_are_not_finite_abandon_a_rollout_and_leave_phi():
     batches = batches_of("classification", 4)
     batches[2] = (batches[2][0] * math.nan, batches[2][1])
     network = LossNetwork.classification()
-    options = {"steps": 8, "rollout_steps": 100, "rehearsals": 0}
+    options = {"steps": 8, "rollout_steps": 100, "rehearsals": 0, "imitation_steps": 0}
     result = initialise(network, make_model, batches, batches, make_optimizer=sgd(), **options)
     assert result.abandoned_rollouts == 2 and torch.isfinite(weights(network)).all()
 
@@ -241,7 +280,7 @@ def test_a_rehearsal_that_diverged_is_infinite_and_never_chosen():
 
 def test_all_rehearsals_diverged():
     with pytest.raises(FloatingPointError, match="all 6 rehearsals diverged; lower the base learning rate"):
-        rehearsed([(0.1, math.nan)] * 6, patience=1)
+        rehearsed([(0.1, math.nan)] * 6)
 
 
 # What one-step rewards do ------------------------------------------------------------------------------------------
@@ -261,7 +300,7 @@ def test_one_step_rewards_make_the_loss_ever_steeper():
 
     slopes = []
     for _ in range(4):
-        options = {"steps": 100, "rollout_steps": 1, "rehearsals": 0}
+        options = {"steps": 100, "rollout_steps": 1, "rehearsals": 0, "imitation_steps": 0}
         initialise(network, make_model, batches, batches, make_optimizer=sgd(0.01), **options)
         slopes.append(slope())
     assert slopes == sorted(slopes), slopes
@@ -278,7 +317,7 @@ def test_one_step_rewards_make_the_loss_ever_steeper():
         ({"rollout_steps": 0}, "rollout_steps must be at least 1, got 0"),
         ({"rehearsals": -1}, "rehearsals must be at least 0, got -1"),
         ({"rehearsal_steps": 0}, "rehearsal_steps must be at least 1, got 0"),
-        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"imitation_steps": -1}, "imitation_steps must be at least 0, got -1"),
         ({"engine": "fast"}, "engine must be one of"),
         ({"meta_learning_rate": -1.0}, "learning rate"),
     ],

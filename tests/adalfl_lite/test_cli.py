@@ -1,0 +1,296 @@
+"""The command line end to end on small runs: what it prints and writes, and one line for everything a user can mend."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from adalfl_lite import cli, experiments
+from adalfl_lite.cli import app
+from adalfl_lite.data import BUNDLED
+from adalfl_lite.experiments import METHODS, final_errors
+from adalfl_lite.losses import LossNetwork
+from adalfl_lite.tasks import TASKS
+
+COMMANDS = ["tasks", "train", "compare", "plot"]
+WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_initialisations():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "INITIALISATION_STEPS", 30)
+        patch.setattr(experiments, "MAX_REHEARSAL_STEPS", 10)
+        yield
+    torch.set_num_threads(threads)
+
+
+def adalfl(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=WIDE)
+
+
+def succeeds(*arguments):
+    result = adalfl(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def fails(*arguments):
+    """Exit status 2, nothing raised, and beside progress bars one line of explanation, which is returned."""
+    result = adalfl(*arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    lines = [
+        line for line in re.split(r"[\r\n]", result.stderr) if line.strip() and not re.search(r"\d+%\|.*\]$", line)
+    ]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# Help and listing --------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_where_to_start():
+    text = succeeds("--help")
+    assert adalfl().output.strip() == text.strip()  # no arguments at all
+    for example in ("adalfl tasks", "adalfl train digits", "adalfl compare digits --seeds 3"):
+        assert example in text
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_an_example(command):
+    text = succeeds(command, "--help")
+    body = [line for line in text.splitlines() if "Usage:" not in line]
+    assert any(re.search(r"\badalfl [a-z]+", line) for line in body), text
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_help_names_every_method(command):
+    text = succeeds(command, "--help")
+    assert all(method in text for method in METHODS)
+
+
+def test_tasks_lists_every_task_and_where_its_data_comes_from():
+    lines = succeeds("tasks").splitlines()
+    for task in TASKS.values():
+        (line,) = (line for line in lines if re.search(rf"[│|] {re.escape(task.name)} ", line))
+        for value in (task.dataset, task.model, task.steps, task.batch_size):
+            assert re.search(rf"\b{value}\b", line)
+        assert ("bundled" in line) == (task.dataset in BUNDLED)
+
+
+# Train -------------------------------------------------------------------------------------------------------------
+
+
+def test_train_online_writes_history_picture_and_loss(tmp_path):
+    text = succeeds("train", "iris", "--steps", 20, "--seed", 1, "--out", tmp_path / "new")
+    stem = "iris--online--seed1"
+    assert files(tmp_path) == [f"new/{stem}{end}" for end in (".loss.pt", ".parquet", ".png")]
+    history = pd.read_parquet(tmp_path / "new" / f"{stem}.parquet")
+    assert history.step.tolist() == list(range(21)) and set(history.method) == {"online"} and set(history.seed) == {1}
+    assert f"{history.test_error.iloc[-1]:.4f}" in text and str(tmp_path / "new" / f"{stem}.parquet") in text
+    assert LossNetwork.load(tmp_path / "new" / f"{stem}.loss.pt").kind == "classification"
+    assert (tmp_path / "new" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_with_the_handcrafted_loss_has_no_loss_to_write(tmp_path):
+    succeeds("train", "diabetes", "--method", "handcrafted", "--steps", 4, "--out", tmp_path)
+    assert files(tmp_path) == ["diabetes--handcrafted--seed0.parquet", "diabetes--handcrafted--seed0.png"]
+
+
+def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    arguments = ("train", "iris", "--method", "handcrafted", "--steps", 20, "--out", tmp_path)
+    evaluate, calls = experiments.fit.__globals__["evaluate"], []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 15:  # two at each of steps 0 to 6, then in the middle of step 7's
+            raise KeyboardInterrupt
+        return evaluate(*given)
+
+    monkeypatch.setitem(experiments.fit.__globals__, "evaluate", interrupted)
+    assert adalfl(*arguments).exit_code != 0
+    assert files(tmp_path) == ["iris--handcrafted--seed0.checkpoint"]
+    calls.extend([None] * 100)
+    succeeds(*arguments)
+    assert len(calls) == 15 + 100 + 2 * 14  # steps 7 to 20 only
+    resumed = pd.read_parquet(tmp_path / "iris--handcrafted--seed0.parquet")
+    monkeypatch.undo()
+    assert files(tmp_path) == ["iris--handcrafted--seed0.parquet", "iris--handcrafted--seed0.png"]
+    succeeds(*arguments)
+    whole = pd.read_parquet(tmp_path / "iris--handcrafted--seed0.parquet")
+    times = ["seconds", "initialisation_seconds"]
+    pd.testing.assert_frame_equal(resumed.drop(columns=times), whole.drop(columns=times), check_exact=True)
+
+
+# Compare and plot --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """A folder, and what ``compare`` printed while filling it."""
+    out = tmp_path_factory.mktemp("comparison")
+    arguments = ("--methods", "handcrafted, offline", "--seeds", 2, "--steps", 10, "--out", out)
+    return out, succeeds("compare", "iris", "wine", *arguments)
+
+
+def test_compare_runs_the_grid_and_prints_the_mean_over_seeds(comparison):
+    out, text = comparison
+    jobs = [
+        f"jobs/{t}--{m}--seed{s}.parquet" for t in ("iris", "wine") for m in ("handcrafted", "offline") for s in (0, 1)
+    ]
+    assert files(out) == ["comparison.parquet", "comparison.png", *jobs]
+    last = final_errors(pd.read_parquet(out / "comparison.parquet"))
+    assert len(last) == 8
+    for (task, method), mean in last.groupby(["task", "method"]).test_error.mean().items():
+        (line,) = (line for line in text.splitlines() if re.search(rf" {task} .* {method} ", line))
+        assert f" {mean:.4f} " in line and re.search(r" 2 .* 0 ", line)
+
+
+def test_compare_again_runs_nothing(comparison, monkeypatch):
+    out, text = comparison
+    monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("a finished job was run again"))
+    arguments = ("--methods", "handcrafted,offline", "--seeds", 2, "--steps", 10, "--out", out)
+    assert succeeds("compare", "iris", "wine", *arguments) == text
+    assert "has 10 steps, not 11; use another folder" in fails("compare", "iris", "--steps", 11, "--out", out)
+
+
+@pytest.mark.parametrize("figure", ["comparison", "curves"])
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_plot_draws_a_stored_table(comparison, tmp_path, figure, ending, start):
+    out, _ = comparison
+    picture = tmp_path / f"{figure}.{ending}"
+    text = succeeds("plot", out / "comparison.parquet", "--figure", figure, "--out", picture)
+    assert picture.read_bytes().startswith(start) and str(picture) in text
+
+
+def test_plot_writes_beside_the_table_by_default(comparison, tmp_path):
+    table = tmp_path / "table.parquet"
+    table.write_bytes((comparison[0] / "comparison.parquet").read_bytes())
+    succeeds("plot", table)
+    assert files(tmp_path) == ["table.parquet", "table.png"]
+
+
+def test_a_diverged_run_is_counted_and_left_out_of_the_picture(comparison, tmp_path):
+    table = pd.read_parquet(comparison[0] / "comparison.parquet")
+    bad = (table.task == "wine") & (table.method == "offline") & (table.seed == 0) & (table.step == 10)
+    table.loc[bad, "test_error"] = float("inf")
+    table.to_parquet(tmp_path / "table.parquet")
+    text = succeeds("plot", tmp_path / "table.parquet")
+    (line,) = (line for line in text.splitlines() if re.search(r" wine .* offline ", line))
+    kept = table[(table.task == "wine") & (table.method == "offline") & (table.seed == 1)].test_error.iloc[-1]
+    assert re.search(r" 2 .* 1 ", line) and f" {kept:.4f} " in line
+    drawn = cli.draw(table, cli.Figure.comparison)
+    assert [ax.get_title(loc="right") for ax in drawn.axes] == ["iris", "wine"]
+    table["test_error"] = float("inf")
+    table.to_parquet(tmp_path / "table.parquet")
+    assert "nothing to draw: every run diverged" in fails("plot", tmp_path / "table.parquet")
+
+
+# What a user can mend ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "cifar"), "unknown task 'cifar'; known tasks: digits, iris"),
+        (("train", "[/red]"), "unknown task '[/red]'; known tasks: digits"),  # is not markup
+        (("train", "iris", "--method", "magic"), "unknown method 'magic'; known methods: handcrafted"),
+        (("train", "iris", "--device", "abacus"), "cannot train on device 'abacus': "),
+        (("train", "iris", "--seed", "-1"), "range"),
+        (("train", "mnist-mlp", "--root", "nowhere"), "download=True"),
+        (("compare", "iris", "cifar"), "unknown task 'cifar'"),
+        (("compare", "iris", "--methods", "online,"), "unknown method ''"),
+        (("compare", "iris", "mnist-mlp", "--root", "nowhere"), "not found"),
+        (("compare", "iris", "--device", "abacus"), "cannot train on device 'abacus': "),
+        (("plot", "nothing[/b].parquet"), "nothing[/b].parquet does not exist; give the .parquet file"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "compare"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("training was started"))
+    assert message in fails(*arguments)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_trained(tmp_path, monkeypatch, command):
+    for name in ("run", "compare"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("training was started"))
+    (tmp_path / "file").touch()
+    assert "file" in fails(command, "iris", "--out", tmp_path / "file")
+
+
+def test_damaged_data_is_refused_with_one_line(tmp_path):
+    (tmp_path / "communities").mkdir()
+    (tmp_path / "communities" / "communities.data").write_text("cut off")
+    for command in ("train", "compare"):
+        line = fails(command, "communities", "--root", tmp_path, "--out", tmp_path / "out")
+        assert "communities.data is damaged or not the official file" in line
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_one_line(tmp_path):
+    (tmp_path / "iris--handcrafted--seed0.checkpoint").write_bytes(b"something else")
+    line = fails("train", "iris", "--method", "handcrafted", "--steps", 5, "--out", tmp_path)
+    assert "iris--handcrafted--seed0.checkpoint cannot be read" in line
+
+
+def test_a_training_that_diverges_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(cli.TASKS, "iris", TASKS["iris"].with_(learning_rate=1e38))
+    line = fails("train", "iris", "--method", "handcrafted", "--steps", 40, "--out", tmp_path)
+    assert "lower the base learning rate" in line
+
+
+def test_tables_that_plot_cannot_read_are_refused(tmp_path):
+    (tmp_path / "text.parquet").write_text("step,error")
+    assert "arquet" in fails("plot", tmp_path / "text.parquet")
+    pd.DataFrame({"task": ["iris"], "step": [1]}).to_parquet(tmp_path / "other.parquet")
+    assert "lacks the columns method, seed, test_error; give" in fails("plot", tmp_path / "other.parquet")
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(comparison, tmp_path):
+    line = fails("plot", comparison[0] / "comparison.parquet", "--out", tmp_path / "picture.bmp")
+    assert "'picture.bmp' must end in .pdf, .svg, .png" in line
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train",), ("train", "iris", "--steps", "0"), ("plot", "x", "--figure", "pie"), ("nonsense",)]
+)
+def test_misspelt_commands_show_the_usage(arguments):
+    result = adalfl(*arguments)
+    assert result.exit_code == 2 and "Usage:" in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
+    """Its exit status, its streams and its files, as a shell sees them."""
+    program = [sys.executable, "-c", "from adalfl_lite.cli import app; app()"]
+    environment = {**os.environ, **WIDE, "OMP_NUM_THREADS": "1"}
+
+    def shell(*arguments):
+        return subprocess.run(
+            [*program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
+        )
+
+    good = shell("train", "iris", "--method", "handcrafted", "--steps", "5")
+    assert good.returncode == 0, good.stderr
+    assert files(tmp_path) == [f"results/iris--handcrafted--seed0{end}" for end in (".parquet", ".png")]
+    assert "iris--handcrafted--seed0.png" in good.stdout
+    bad = shell("train", "cifar")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: unknown task 'cifar'") and bad.stderr.count("\n") == 1

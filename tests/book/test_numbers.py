@@ -1,0 +1,90 @@
+"""Every number that the book or the README prints is in a results file, and the last build printed the same."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "book" / "results"
+BUILT = ROOT / "book" / "_build"
+CHAPTERS = sorted(path.stem for path in RESULTS.glob("*.json"))
+
+spec = importlib.util.spec_from_file_location("collect", RESULTS / "collect.py")
+collect = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(collect)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def book_is_built():
+    if not (BUILT / "html" / "index.html").is_file():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("the book is not built: run `make book` first")
+
+
+@pytest.fixture(scope="module")
+def final() -> pd.DataFrame:
+    """The last row of every stored run, found here without the package's help."""
+    results = pd.concat([pd.read_parquet(RESULTS / f"{name}.parquet") for name in ("bundled", "mnist")])
+    return results.sort_values("step").groupby(["task", "method", "seed"]).tail(1)
+
+
+def test_every_chapter_that_prints_numbers_has_a_file():
+    printing = {path.stem for path in (BUILT / "jupyter_execute").glob("*.ipynb") if collect.glued(path)}
+    assert printing == set(CHAPTERS)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_build_printed_the_stored_numbers(chapter):
+    """Training is chaotic: another processor rounds otherwise, so a live error may move by a few test examples."""
+    stored = json.loads((RESULTS / f"{chapter}.json").read_text())
+    printed = collect.glued(BUILT / "jupyter_execute" / f"{chapter}.ipynb")
+    assert printed.keys() == stored.keys()
+    for name, value in stored.items():
+        assert printed[name] == pytest.approx(value, rel=0.2, abs=0.015), name
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_no_glue_is_left_unfilled(chapter):
+    source = (ROOT / "book" / f"{chapter}.md").read_text()
+    used = {name.split(":")[0] for name in re.findall(r"\{glue:text\}`([^`]+)`", source)}
+    assert used <= set(json.loads((RESULTS / f"{chapter}.json").read_text()))
+    assert "glue:text" not in (BUILT / "html" / f"{chapter}.html").read_text()
+
+
+def cells(table: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """(task, method) -> "mean [low, high]" of a table with methods in rows."""
+    return {(task, row.iloc[0]): row[task] for _, row in table.iterrows() for task in table.columns[1:]}
+
+
+def check_cells(found: dict[tuple[str, str], str], final: pd.DataFrame) -> None:
+    for (task, method), errors in final.groupby(["task", "method"]).test_error:
+        mean, low, high = map(float, re.findall(r"[\d.]+", found[task, method]))
+        assert mean == pytest.approx(errors.mean(), abs=5.1e-5)
+        resampled = np.random.default_rng(1).choice(errors.to_numpy(), (20_000, len(errors))).mean(1)
+        spread = errors.std() / len(errors) ** 0.5
+        assert [low, high] == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.6 * spread + 1e-4)
+
+
+def test_the_readme_prints_the_results(final):
+    text = (ROOT / "README.md").read_text().split("<!-- results -->")[1].split("<!-- /results -->")[0]
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    check_cells(cells(pd.DataFrame(lines, columns=header)), final)
+
+
+def test_the_chapter_prints_the_results(final):
+    page = BeautifulSoup((BUILT / "html" / "adalfl.html").read_text(), "html.parser")
+    table = next(table for table in page("table") if "mnist-lenet5" in [cell.text for cell in table.thead("th")])
+    header, *lines = [[cell.text for cell in row(["th", "td"])] for row in table("tr")]
+    check_cells(cells(pd.DataFrame(lines, columns=header)), final)
+    assert final.groupby("task").seed.nunique().min() >= 3
+
+
+def test_results_say_where_they_come_from(final):
+    for column in ("torch", "python", "device", "commit"):
+        assert final[column].notna().all() and (final[column] != "unknown").all(), column
