@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -28,6 +29,8 @@ def short_initialisations():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "INITIALISATION_STEPS", 30)
         patch.setattr(experiments, "MAX_REHEARSAL_STEPS", 10)
+        short = {name: replace(how, imitation_steps=min(how.imitation_steps, 10)) for name, how in METHODS.items()}
+        patch.setattr(experiments, "METHODS", short)
         yield
     torch.set_num_threads(threads)
 
