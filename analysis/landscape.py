@@ -279,13 +279,11 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
     coordinates = gram @ weights
     signs = coordinates.gather(0, coordinates.abs().argmax(0, keepdim=True)).sign()
     coordinates, weights = coordinates * signs, weights * signs
-    first, second = (
-        {
-            name: (column.to(checkpoints[-1][name].device) @ differences(name)).reshape(shape).to(checkpoints[-1][name])
-            for name, shape in ((name, checkpoints[-1][name].shape) for name in names)
-        }
-        for column in weights.T
-    )
+    first, second = {}, {}
+    for name in names:
+        last = checkpoints[-1][name]
+        rows = weights.T.to(last.device) @ differences(name)
+        first[name], second[name] = rows.reshape(2, *last.shape).to(last)
     fractions = variances / eigenvalues.clamp(min=0).sum()
     return Trajectory(coordinates.numpy(), fractions.numpy(), (first, second), checkpoints[-1])
 
@@ -468,6 +466,8 @@ def plot_plane(across: Plane, ax: Axes | None = None, levels: int = 25, log: boo
 def plot_trajectory(path: Trajectory, ax: Axes | None = None) -> Axes:
     """Draw the checkpoints in their PCA plane, for example over :func:`plot_plane`; a star marks the last.
 
+    The labels give the share of the checkpoints' variance along each axis.
+
     Examples:
         >>> ax = plot_trajectory(Trajectory(np.array([[2, 1], [1, 0.2], [0, 0]]), np.array([0.9, 0.1]), ({}, {}), {}))
     """
@@ -476,6 +476,6 @@ def plot_trajectory(path: Trajectory, ax: Axes | None = None) -> Axes:
     outline = [patheffects.withStroke(linewidth=4, foreground="white")]
     ax.plot(*path.coordinates.T, marker="o", markersize=4, color=color, path_effects=outline)
     ax.plot(*path.coordinates[-1], marker="*", markersize=14, color=color, markeredgecolor="white")
-    for axis, name, part in zip((ax.xaxis, ax.yaxis), ("first", "second"), path.explained_variance, strict=True):
-        axis.set_label_text(f"{name} component ({part:.1%} of the variance)")
+    first, second = path.explained_variance
+    ax.set(xlabel=f"first component ({first:.1%})", ylabel=f"second component ({second:.1%})")
     return ax
