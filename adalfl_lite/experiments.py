@@ -31,7 +31,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.files import atomic_path
@@ -280,6 +280,7 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
 
 def final_errors(results: pd.DataFrame) -> pd.DataFrame:
     """The last row of every job: one row per (task, method, seed), with a column ``diverged``."""
+    results = results.reset_index(drop=True)
     last = results.groupby(["task", "method", "seed"], sort=False)["step"].idxmax()
     return results.loc[last].assign(diverged=lambda rows: ~np.isfinite(rows.test_error)).reset_index(drop=True)
 

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from adalfl_lite.losses import Loss, LossNetwork, task_error
 from adalfl_lite.metagradient import Batch, plain_step

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import atomic_save, load_payload
