@@ -62,30 +62,30 @@ def main(folder: Path, images: int = 16, size: int = 32, steps: int = 4, points:
 
     with theme("column"):
         plot_loss_curves(loss_curves(smoothed), plt.figure().gca())
-        save_figure(plt.gcf(), folder / "loss.pdf")
+        save_figure(plt.gcf(), folder / "loss.png")
 
         plot_line(line(model, smoothed, batch, positions=axis, **at), plt.figure().gca(), label="random direction")
         plot_line(
             line(model, smoothed, batch, pair.vectors[0], positions=axis, **at), plt.gca(), label="top eigenvector"
         )
-        save_figure(plt.gcf(), folder / "lines.pdf")
+        save_figure(plt.gcf(), folder / "lines.png")
 
         path = trajectory(model, checkpoints)
         x, y = path.grid(points)
         around = plane(model, smoothed, batch, path.directions, x=x, y=y, origin=path.origin, progress=True, **at)
         plot_plane(around, plt.figure().gca())
         plot_trajectory(path, plt.gca())
-        save_figure(plt.gcf(), folder / "trajectory.pdf")
+        save_figure(plt.gcf(), folder / "trajectory.png")
 
         plt.figure()
         for matrix, label in (("hessian", "Hessian"), ("ggn", "Gauss-Newton")):
             spectrum = spectral_density(model, smoothed, batch, matrix=matrix, nodes=nodes, repeats=1, **at)
             plot_spectral_density(spectrum, plt.gca(), label=label)
-        save_figure(plt.gcf(), folder / "spectrum.pdf")
+        save_figure(plt.gcf(), folder / "spectrum.png")
 
     with theme("column", aspect=1.6):
         plot_layers(gradient_norms(model, smoothed, batch), plt.figure().gca(), log=False)
-        save_figure(plt.gcf(), folder / "gradients.pdf")
+        save_figure(plt.gcf(), folder / "gradients.png")
     plt.close("all")
 
 

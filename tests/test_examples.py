@@ -16,8 +16,8 @@ def test_resnet18_diagnostics(tmp_path):
         f"import runpy, sys; sys.modules['adalfl_lite'] = None; sys.argv = {[str(SCRIPT), str(tmp_path), *options]}"
     )
     command = [sys.executable, "-c", f"{blocked}; runpy.run_path(sys.argv[0], run_name='__main__')"]
-    done = subprocess.run(command, capture_output=True, text=True, env=None)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "largest eigenvalue" in done.stdout
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{name}.pdf" for name in ("gradients", "lines", "loss", "spectrum", "trajectory")}
+    assert names == {f"{name}.png" for name in ("gradients", "lines", "loss", "spectrum", "trajectory")}
