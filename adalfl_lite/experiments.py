@@ -24,7 +24,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import joblib
@@ -285,8 +285,9 @@ def final_errors(results: pd.DataFrame) -> pd.DataFrame:
     return results.loc[last].assign(diverged=lambda rows: ~np.isfinite(rows.test_error)).reset_index(drop=True)
 
 
+@cache
 def provenance(device: str = "cpu") -> dict[str, str]:
-    """What a result depends on beside the code: versions, device, and the commit if this is a checkout."""
+    """What a result depends on: versions, device, and the commit (of a checkout) when this process first asked."""
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.processor() or "cpu"
     here = Path(__file__).parent
     git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
