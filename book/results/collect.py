@@ -7,7 +7,6 @@ table of results into README.md. The tests compare both with what the next build
 import json
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 
 from adalfl_lite.experiments import METHODS, final_errors
@@ -17,19 +16,18 @@ from analysis.statistics import summarise
 HERE = Path(__file__).parent
 EXECUTED = HERE.parent / "_build" / "jupyter_execute"
 README = HERE.parents[1] / "README.md"
-RECORD = "application/papermill.record/text/plain"
 MARKS = ("<!-- results -->\n", "<!-- /results -->")
 
 
-def glued(notebook: Path) -> dict[str, float]:
-    """The numbers that an executed chapter put into its text, by name."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return {
-        output.metadata.scrapbook.name: float(output.data[RECORD])
-        for output in outputs
-        if "scrapbook" in output.get("metadata", {})
-    }
+def glued(chapter: str) -> dict[str, float]:
+    """The numbers that the last build of a chapter put into its text, by name."""
+    entries = json.loads((EXECUTED / f"{chapter}.glue.json").read_text())
+    return {name: float(entry["data"]["text/plain"]) for name, entry in entries.items()}
+
+
+def chapters() -> list[str]:
+    """The chapters of the last build that put numbers into their text."""
+    return sorted(path.name.removesuffix(".glue.json") for path in EXECUTED.glob("*.glue.json"))
 
 
 def results_table() -> str:
@@ -46,10 +44,9 @@ def results_table() -> str:
 
 def main() -> None:
     """Write all of it."""
-    for notebook in sorted(EXECUTED.glob("*.ipynb")):
-        if numbers := glued(notebook):
-            with atomic_path(HERE / f"{notebook.stem}.json") as temporary:
-                temporary.write_text(json.dumps(numbers, indent=1) + "\n")
+    for chapter in chapters():
+        with atomic_path(HERE / f"{chapter}.json") as temporary:
+            temporary.write_text(json.dumps(glued(chapter), indent=1) + "\n")
     before, rest = README.read_text().split(MARKS[0])
     with atomic_path(README) as temporary:
         temporary.write_text(before + MARKS[0] + results_table() + MARKS[1] + rest.split(MARKS[1])[1])

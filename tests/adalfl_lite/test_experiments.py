@@ -332,17 +332,18 @@ def test_a_task_of_your_own_can_be_compared():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "margin"), [("wine", 0.06), ("diabetes", 0.0)])
-def test_the_defaults_need_no_tuning(monkeypatch, name, margin):
+@pytest.mark.parametrize(("name", "steps", "seeds", "margin"), [("wine", 500, [0, 1], 0.06), ("diabetes", 300, [0], 0)])
+def test_the_defaults_need_no_tuning(monkeypatch, name, steps, seeds, margin):
     """Online learning with nothing chosen by hand ends finite, and not worse than twice the handcrafted loss.
 
-    ``margin`` is two of wine's 36 test rows: the handcrafted loss can make no error at all there.
+    ``margin`` is two of wine's 36 test rows: the handcrafted loss can make no error at all there. Wine runs for the
+    task's own number of steps and needs them: with 300, online ends at .069 over these seeds, which is not within it.
+    Diabetes is cut from 1000 steps to save time.
     """
     monkeypatch.setattr(experiments, "INITIALISATION_STEPS", 2500)
     monkeypatch.setattr(experiments, "MAX_REHEARSAL_STEPS", 1000)
     monkeypatch.setattr(experiments, "METHODS", METHODS)
-    task = get_task(name).with_(steps=300)  # shorter than the task's own to save time
-    last = final_errors(compared([task], ["handcrafted", "online"], [0, 1]))
+    last = final_errors(compared([get_task(name).with_(steps=steps)], ["handcrafted", "online"], seeds))
     assert not last.diverged.any()
     means = last.groupby("method").test_error.mean()
     assert means["online"] <= 2 * means["handcrafted"] + margin, means.to_dict()
