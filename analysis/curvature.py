@@ -382,6 +382,6 @@ def plot_spectral_density(
     sns.lineplot(x=spectrum.eigenvalues, y=spectrum.density, color=color, label=label, estimator=None, ax=ax)
     if log:
         top = max(np.nanmax(line.get_ydata()) for line in ax.get_lines())
-        ax.set(yscale="log", ylim=(1e-8 * top, 3 * top))
+        ax.set(ylim=(1e-8 * top, 3 * top), yscale="log")
     ax.set(xlabel="eigenvalue", ylabel="density")
     return ax
