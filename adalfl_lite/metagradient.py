@@ -22,6 +22,7 @@ the meta batch passes through the model in its current mode and leaves buffers a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -226,7 +227,8 @@ def _output_tangent(
     autocast: torch.dtype | None,
 ) -> Tensor | None:
     """u = J_f w at the parameters in ``tangents``; None if the output does not depend on them."""
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own, at first use
         duals = {name: forward_ad.make_dual(primal, tangent) for name, (primal, tangent) in tangents.items()}
         try:
             output = _forward(model, {**state, **duals}, inputs, autocast)
