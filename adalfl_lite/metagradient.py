@@ -228,7 +228,7 @@ def _output_tangent(
 ) -> Tensor | None:
     """u = J_f w at the parameters in ``tangents``; None if the output does not depend on them."""
     with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own, at first use
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
         duals = {name: forward_ad.make_dual(primal, tangent) for name, (primal, tangent) in tangents.items()}
         try:
             output = _forward(model, {**state, **duals}, inputs, autocast)
