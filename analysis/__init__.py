@@ -6,7 +6,7 @@
     early_stopping   when a loss stops pushing, against the gap between training and validation
     gradients        norms, noise scale, agreement, and the influence of each example
     landscape        slices through the loss along lines, planes and trajectories; barriers
-    curvature        eigenvalues, trace, spectral density, sharpness (import from analysis.curvature)
+    curvature        eigenvalues, trace, spectral density, sharpness
     calibration      ECE and kin, reliability, temperature
     attribution      what a prediction rests on, and how far two models agree about it
     statistics       intervals, tests and effect sizes over seeds
@@ -34,6 +34,17 @@ from analysis.calibration import (
     plot_reliability,
     predictions,
     reliability_table,
+)
+from analysis.curvature import (
+    Eigenpairs,
+    SpectralDensity,
+    Trace,
+    adaptive_sharpness,
+    plot_spectral_density,
+    sharpness,
+    spectral_density,
+    top_eigenpairs,
+    trace,
 )
 from analysis.early_stopping import StoppingPoint, plot_early_stopping, push_and_gap, relative_push, stopping_point
 from analysis.effective_lr import (
@@ -104,6 +115,7 @@ __all__ = [
     "Attribution",
     "CalibrationScores",
     "EffectiveLR",
+    "Eigenpairs",
     "GradientNoise",
     "Improvement",
     "Influence",
@@ -113,8 +125,11 @@ __all__ = [
     "PairedTest",
     "Plane",
     "Recorder",
+    "SpectralDensity",
     "StoppingPoint",
+    "Trace",
     "Trajectory",
+    "adaptive_sharpness",
     "attribution_agreement",
     "barrier",
     "bootstrap_interval",
@@ -163,6 +178,7 @@ __all__ = [
     "plot_plane",
     "plot_reliability",
     "plot_schedule",
+    "plot_spectral_density",
     "plot_target_gradients",
     "plot_trajectory",
     "predictions",
@@ -175,9 +191,13 @@ __all__ = [
     "save_figure",
     "set_theme",
     "shape_measures",
+    "sharpness",
+    "spectral_density",
     "stopping_point",
     "summarise",
     "target_gradients",
     "theme",
+    "top_eigenpairs",
+    "trace",
     "trajectory",
 ]

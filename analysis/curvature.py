@@ -22,6 +22,7 @@ For example::
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,14 +31,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace, hutchpp_trace
-from curvlinops.papyan2020traces.spectrum import fast_lanczos, lanczos_approximate_spectrum_from_iter
 from matplotlib.axes import Axes
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 
 from analysis.inputs import Batch, Loss, as_batches, evaluation_copy
+from analysis.plotting import PALETTE
+
+with warnings.catch_warnings():  # a dependency of curvlinops decorates functions by torch.jit.script as it is imported
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace, hutchpp_trace
+    from curvlinops.papyan2020traces.spectrum import fast_lanczos, lanczos_approximate_spectrum_from_iter
 
 Data = Batch | Iterable[Batch]
 
@@ -378,10 +383,10 @@ def plot_spectral_density(
         >>> ax = plot_spectral_density(SpectralDensity(axis, np.exp(-(axis**2) / 0.02) * 4))
     """
     ax = plt.gca() if ax is None else ax
-    color = sns.color_palette("colorblind")[len(ax.get_lines()) % 10]
+    color = PALETTE[len(ax.get_lines()) % len(PALETTE)]
     sns.lineplot(x=spectrum.eigenvalues, y=spectrum.density, color=color, label=label, estimator=None, ax=ax)
     if log:
         top = max(np.nanmax(line.get_ydata()) for line in ax.get_lines())
         ax.set(ylim=(1e-8 * top, 3 * top), yscale="log")
-    ax.set(xlabel="eigenvalue", ylabel="density")
+    ax.set(xlabel="Eigenvalue", ylabel="Density")
     return ax

@@ -6,6 +6,7 @@ model as it was. Batches are moved to the model's device. Parameters with ``requ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from analysis.inputs import Batch, Loss, as_batches, preserved
+from analysis.plotting import PALETTE, label
 
 Data = Batch | Iterable[Batch]
 State = Mapping[str, Tensor]
@@ -236,7 +238,10 @@ def influence(
             return functional_call(model, {**own, **replaced}, (inputs,))
 
         w = {name: -learning_rate * v[name] for name in parameters}
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "`torch.jit.script` is deprecated", FutureWarning
+            )  # torch's, at first use
             prediction, tangent = jvp(outputs, (parameters,), (w,))[:2]
     with torch.enable_grad():
         leaf = prediction.detach().requires_grad_()
@@ -322,13 +327,16 @@ def _noise(squared_mean: float, scatter: float, count: int) -> GradientNoise:
 
 
 def plot_layers(frame: pd.DataFrame, ax: Axes | None = None, x: str = "gradient_norm", log: bool = True) -> Axes:
-    """One bar per layer, in the model's order: of :func:`gradient_norms` or of any frame with a column ``layer``.
+    """One row per layer, in the model's order: of :func:`gradient_norms` or of any frame with a column ``layer``.
 
     Args:
         frame: one row per layer.
         ax: where to draw; the current axes if None.
         x: the column to draw.
-        log: use a logarithmic axis.
+        log: draw dots on a logarithmic axis, where values that are not positive leave a gap; else bars from zero.
+
+    Raises:
+        ValueError: a missing column, or ``log`` with no positive value.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -339,7 +347,12 @@ def plot_layers(frame: pd.DataFrame, ax: Axes | None = None, x: str = "gradient_
     if missing:
         raise ValueError(f"the frame lacks the column {', '.join(sorted(missing))}; it has {', '.join(frame)}")
     ax = plt.gca() if ax is None else ax
-    colour = sns.color_palette("colorblind")[0]
-    sns.barplot(frame, x=x, y="layer", color=colour, errorbar=None, log_scale=log or None, ax=ax)
-    ax.set(xlabel=x.replace("_", " "), ylabel="")
+    if log:
+        if not (frame[x] > 0).any():
+            raise ValueError(f"log needs positive values, the largest {x} is {frame[x].max()}; use log=False")
+        ax.plot(frame[x].where(frame[x] > 0), range(len(frame)), "o", color=PALETTE[0])
+        ax.set(xscale="log", yticks=range(len(frame)), yticklabels=frame["layer"], ylim=(len(frame) - 0.5, -0.5))
+    else:
+        sns.barplot(frame, x=x, y="layer", color=PALETTE[0], errorbar=None, ax=ax)
+    ax.set(xlabel=label(x), ylabel="")
     return ax

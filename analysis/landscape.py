@@ -41,6 +41,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from analysis.inputs import Batch, Loss, as_batches, batch_norms, evaluation_copy
+from analysis.plotting import PALETTE, SEQUENTIAL
 
 Direction = Mapping[str, Tensor]
 """A vector of parameter space: parameter names to tensors of the parameter's shape. Missing names are zero."""
@@ -431,9 +432,9 @@ def plot_line(path: Line, ax: Axes | None = None, label: str | None = None) -> A
         >>> ax = plot_line(Line(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5) ** 2))
     """
     ax = plt.gca() if ax is None else ax
-    color = sns.color_palette("colorblind")[len(ax.get_lines()) % 10]
+    color = PALETTE[len(ax.get_lines()) % len(PALETTE)]
     sns.lineplot(x=path.positions, y=path.losses, color=color, label=label, estimator=None, ax=ax)
-    ax.set(xlabel="position along the direction", ylabel="loss")
+    ax.set(xlabel="Position along the direction", ylabel="Loss")
     return ax
 
 
@@ -456,10 +457,10 @@ def plot_plane(across: Plane, ax: Axes | None = None, levels: int = 25, log: boo
         raise ValueError(f"log needs positive losses, the smallest is {low}; use log=False")
     edges = np.geomspace(low, high, levels) if log else levels
     norm = LogNorm(low, high) if log else None
-    filled = ax.contourf(across.x, across.y, losses, levels=edges, norm=norm, cmap="viridis")
+    filled = ax.contourf(across.x, across.y, losses, levels=edges, norm=norm, cmap=SEQUENTIAL)
     ax.contour(filled, colors="white", linewidths=0.4, alpha=0.6)
-    ax.figure.colorbar(filled, ax=ax, label="loss", format="%.3g")
-    ax.set(xlabel="first direction", ylabel="second direction")
+    ax.figure.colorbar(filled, ax=ax, label="Loss", format="%.3g")
+    ax.set(xlabel="First direction", ylabel="Second direction")
     return ax
 
 
@@ -472,10 +473,10 @@ def plot_trajectory(path: Trajectory, ax: Axes | None = None) -> Axes:
         >>> ax = plot_trajectory(Trajectory(np.array([[2, 1], [1, 0.2], [0, 0]]), np.array([0.9, 0.1]), ({}, {}), {}))
     """
     ax = plt.gca() if ax is None else ax
-    color = sns.color_palette("colorblind")[3]
+    color = PALETTE[1]
     outline = [patheffects.withStroke(linewidth=4, foreground="white")]
     ax.plot(*path.coordinates.T, marker="o", markersize=4, color=color, path_effects=outline)
     ax.plot(*path.coordinates[-1], marker="*", markersize=14, color=color, markeredgecolor="white")
     first, second = path.explained_variance
-    ax.set(xlabel=f"first component ({first:.1%})", ylabel=f"second component ({second:.1%})")
+    ax.set(xlabel=f"First component ({first:.1%})", ylabel=f"Second component ({second:.1%})")
     return ax

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from analysis.inputs import Loss
+from analysis.plotting import colours, label
 
 Pointwise = Callable[[Tensor, Tensor], Tensor]
 
@@ -209,18 +210,18 @@ def plot_loss_curves(
     ax = plt.gca() if ax is None else ax
     if hue == "step":
         norm = mpl.colors.Normalize(frame["step"].min(), frame["step"].max())
-        colours = sns.color_palette(palette or "flare", as_cmap=True)
+        cmap = sns.color_palette(palette or "flare", as_cmap=True)
         for (target, curves), line in zip(frame.groupby("target"), itertools.cycle(["-", "--", ":", "-."])):
-            options = {"hue": "step", "hue_norm": norm, "palette": colours, "units": "step", "estimator": None}
+            options = {"hue": "step", "hue_norm": norm, "palette": cmap, "units": "step", "estimator": None}
             sns.lineplot(curves, x="prediction", y=y, linestyle=line, linewidth=1.2, legend=False, ax=ax, **options)
             ax.plot([], [], color="grey", linestyle=line, label=f"{target:g}")
         if frame["target"].nunique() > 1:
             ax.legend(title="target")
-        ax.figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, label="training step")
+        ax.figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, label=label("step"))
     else:
         named = frame.assign(target=[f"{target:g}" for target in frame["target"]])
         style = "step" if "step" in frame and frame["step"].nunique() > 1 else None
-        palette = palette or "colorblind"
-        sns.lineplot(named, x="prediction", y=y, hue="target", palette=palette, style=style, estimator=None, ax=ax)
-    ax.set_ylabel("loss" if y == "value" else "derivative of the loss")
+        colour = palette or colours(named["target"])
+        sns.lineplot(named, x="prediction", y=y, hue="target", palette=colour, style=style, estimator=None, ax=ax)
+    ax.set(xlabel="Prediction", ylabel="Loss" if y == "value" else "Derivative of the loss")
     return ax

@@ -4,6 +4,7 @@ import copy
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,11 +264,36 @@ def test_bad_input_is_named():
         per_sample_gradients(model, F.cross_entropy, (x, y), chunk_size=0)
 
 
-def test_a_bar_per_layer():
+def darkest(figure, ax, layer: int) -> float:
+    """The darkest pixel, 0 to 1, in the row of a layer, as it is rendered without grid and ticks."""
+    ax.grid(False)
+    ax.tick_params(length=0)
+    figure.canvas.draw()
+    row, height = ax.transData.transform((1, layer))[1], figure.bbox.height
+    left, right = (int(edge) for edge in ax.bbox.intervalx)
+    return np.asarray(figure.canvas.buffer_rgba())[int(height - row), left + 4 : right - 4, :3].min() / 255
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_every_layer_is_drawn_where_its_value_is(log):
     figure, ax = plt.subplots()
     frame = gradient_norms(convnet(), F.cross_entropy, images())
-    assert plot_layers(frame, ax=ax) is ax
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx(frame.gradient_norm.tolist())
+    assert plot_layers(frame, ax=ax, log=log) is ax
+    drawn = ax.lines[0].get_xdata().tolist() if log else [bar.get_width() for bar in ax.patches]
+    assert drawn == pytest.approx(frame.gradient_norm.tolist())
+    assert [text.get_text() for text in ax.get_yticklabels()] == frame.layer.tolist()
+    assert ax.get_xscale() == ("log" if log else "linear")
+    assert all(darkest(figure, ax, layer) < 0.5 for layer in range(len(frame)))
     with pytest.raises(ValueError, match="norms"):
         plot_layers(frame, ax=ax, x="norms")
+    plt.close(figure)
+
+
+def test_on_a_logarithmic_axis_zero_leaves_a_gap():
+    figure, ax = plt.subplots()
+    frame = pd.DataFrame({"layer": list("abc"), "gradient_norm": [0.1, 0.0, 10.0]})
+    plot_layers(frame, ax=ax)
+    assert [darkest(figure, ax, layer) < 0.5 for layer in range(3)] == [True, False, True]
+    with pytest.raises(ValueError, match="log=False"):
+        plot_layers(frame.assign(gradient_norm=0.0), ax=ax)
     plt.close(figure)
