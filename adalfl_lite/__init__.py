@@ -7,6 +7,7 @@ Read the modules in this order, which is also the direction of every import:
     metagradient    one step of the model and ∇_φ of what it led to
     online          Algorithm 2: the drop-in step
     initialisation  Algorithm 1
+    learning_rate   Algorithms 3 and 4: the control that learns a learning rate
     data, models    what is trained, on what
     training        fit: history, evaluation, checkpoints
     tasks           the registry
@@ -16,6 +17,7 @@ Read the modules in this order, which is also the direction of every import:
 
 from adalfl_lite.data import load_dataset
 from adalfl_lite.initialisation import Initialisation, initialise
+from adalfl_lite.learning_rate import OnlineLearningRate
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.metagradient import MetaStep
 from adalfl_lite.models import build_model
@@ -28,6 +30,7 @@ __all__ = [
     "Initialisation",
     "LossNetwork",
     "MetaStep",
+    "OnlineLearningRate",
     "OnlineLoss",
     "build_model",
     "evaluate",

@@ -10,6 +10,8 @@ online                  the same, adapted after every step on validation data (A
 online-train            the same with meta batches from the train split only, in both phases
 handcrafted-tuned       the task loss with the learning rate that has the lowest validation error of five
 handcrafted-all         the task loss, trained on the train and the valid split together
+rate-offline            the task loss with a learning rate that is meta-learned offline (Algorithm 3), then frozen
+rate-online             the same, adapted after every step on validation data (Algorithm 4)
 ======================  ===========================================================================================
 
 Jobs run through joblib, so ``joblib.parallel_config(backend="dask")`` or ``"ray"`` moves them to a cluster.
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -36,6 +39,7 @@ from tqdm import tqdm
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.files import atomic_path
 from adalfl_lite.initialisation import Initialisation, initialise
+from adalfl_lite.learning_rate import LearningRate, initialise_learning_rate
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.tasks import Task, get_task
 from adalfl_lite.training import Callback, evaluate, fit
@@ -59,6 +63,7 @@ class Method:
     rollout_steps: int = 20
     tuned: bool = False
     train_on_valid: bool = False
+    learned_rate: bool = False
 
 
 METHODS = {
@@ -69,6 +74,8 @@ METHODS = {
     "online-train": Method("adalfl", online=True, meta_batches="train"),
     "handcrafted-tuned": Method("task", tuned=True),
     "handcrafted-all": Method("task", train_on_valid=True),
+    "rate-offline": Method("task", learned_rate=True),
+    "rate-online": Method("task", learned_rate=True, online=True),
 }
 MAIN_METHODS = ("handcrafted", "ml3", "offline", "online")
 
@@ -104,9 +111,9 @@ def compare(
         progress: show a bar over jobs.
 
     Returns:
-        The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_seconds,
-        learning_rate and the provenance of :func:`provenance`. A run that diverged is one row at its last step with
-        infinite errors.
+        The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_steps,
+        initialisation_chosen_step, initialisation_seconds and the provenance of :func:`provenance`. A run that diverged
+        is one row at its last step with infinite errors.
 
     Raises:
         ValueError: an unknown task or method, or nothing to run, before any job starts; or ``folder`` holds a job of
@@ -177,20 +184,22 @@ def run(
     how = get_method(method)
     data = task.load(root=root, seed=seed)
     started = time.perf_counter()
-    if how.loss == "task":
-        loss, outcome = task_loss(data.kind), None
-        if how.tuned:
-            task = tune_learning_rate(task, data, seed, device)
-        if how.train_on_valid:
-            data = replace(data, train=_joined(data.train, data.valid))
-        initialisation_seconds = time.perf_counter() - started
-    else:
-        key, shared = (how.loss, how.meta_batches), {} if shared is None else shared
+    loss, outcome = task_loss(data.kind), None
+    if how.tuned:
+        task = tune_learning_rate(task, data, seed, device)
+    if how.train_on_valid:
+        data = replace(data, train=_joined(data.train, data.valid))
+    initialisation_seconds = time.perf_counter() - started
+    if how.loss != "task" or how.learned_rate:
+        key, shared = (how.loss, how.learned_rate, how.meta_batches), {} if shared is None else shared
         if key not in shared:
-            network, outcome = learned_loss(task, data, seed, method=how, device=device, progress=progress)
-            shared[key] = network, outcome, time.perf_counter() - started
-        network, outcome, initialisation_seconds = shared[key]
-        loss = network.clone()
+            learned, outcome = initialised(task, data, seed, method=how, device=device, progress=progress)
+            shared[key] = learned, outcome, time.perf_counter() - started
+        learned, outcome, initialisation_seconds = shared[key]
+        if isinstance(learned, LearningRate):
+            task = task.with_(learning_rate=learned.rates[0])
+        else:
+            loss = learned.clone()
     model, optimizer = fresh(task, data, seed, device)
     history = fit(
         model,
@@ -200,7 +209,8 @@ def run(
         steps=task.steps,
         batch_size=task.batch_size,
         online=how.online,
-        meta_learning_rate=ONLINE_META_LEARNING_RATE[data.kind],
+        learn="learning_rate" if how.learned_rate else "loss",
+        meta_learning_rate=None if how.learned_rate else ONLINE_META_LEARNING_RATE[data.kind],
         meta_batches=how.meta_batches,
         seed=seed,
         callback=callback,
@@ -211,7 +221,6 @@ def run(
         "task": task.name,
         "method": method,
         "seed": seed,
-        "learning_rate": task.learning_rate,
         "initialisation_steps": outcome.steps if outcome else 0,
         "initialisation_chosen_step": outcome.chosen_step if outcome else 0,
         "initialisation_seconds": initialisation_seconds,
@@ -227,27 +236,30 @@ def fresh(task: Task, data: Dataset, seed: int, device: str = "cpu") -> tuple[to
     return model, task.make_optimizer(model.parameters())
 
 
-def learned_loss(
+def initialised(
     task: Task, data: Dataset, seed: int, *, method: Method, device: str = "cpu", progress: bool = False
-) -> tuple[LossNetwork, Initialisation]:
-    """The loss network a method starts training with: Algorithm 1 on ``data`` with the task's model and optimizer."""
+) -> tuple[LossNetwork | LearningRate, Initialisation]:
+    """What a method starts training with: Algorithm 1 (or 3) on ``data`` with the task's model and optimizer."""
     torch.manual_seed(10_000 + seed)
-    network = (LossNetwork.ml3(data.kind) if method.loss == "ml3" else LossNetwork.default(data.kind)).to(device)
     train, meta = data.train.to(device), getattr(data, method.meta_batches).to(device)
-    outcome = initialise(
-        network,
+    arguments = (
         lambda: task.make_model(data).to(device),
         train.batches(task.batch_size, seed=20_000 + seed),
         meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed),
-        make_optimizer=task.make_optimizer,
-        steps=INITIALISATION_STEPS,
-        imitation_steps=method.imitation_steps,
-        rollout_steps=method.rollout_steps,
-        rehearsal_steps=min(task.steps, MAX_REHEARSAL_STEPS),
-        validate=lambda model: evaluate(model, meta, data.kind),
-        progress=progress,
     )
-    return network, outcome
+    options: dict[str, Any] = {
+        "make_optimizer": task.make_optimizer,
+        "steps": INITIALISATION_STEPS,
+        "rollout_steps": method.rollout_steps,
+        "rehearsal_steps": min(task.steps, MAX_REHEARSAL_STEPS),
+        "validate": lambda model: evaluate(model, meta, data.kind),
+        "progress": progress,
+    }
+    if method.learned_rate:
+        rate = LearningRate([task.learning_rate])
+        return rate, initialise_learning_rate(rate, *arguments, kind=data.kind, **options)
+    network = (LossNetwork.ml3(data.kind) if method.loss == "ml3" else LossNetwork.default(data.kind)).to(device)
+    return network, initialise(network, *arguments, imitation_steps=method.imitation_steps, **options)
 
 
 def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu") -> Task:

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -35,6 +35,7 @@ from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
 
 MakeModel = Callable[[], nn.Module]
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+Validate = Callable[[nn.Module], tuple[float, float]]
 
 ABANDON_FACTOR = 100.0
 """A rollout ends early when its task loss exceeds this many times that of its first step."""
@@ -44,6 +45,13 @@ OUTPUT_SCALE = {"classification": 6.0, "regression": 3.0}
 
 VALIDATION_BATCHES = 20
 """A rehearsal is scored on at most this many meta batches, drawn once, unless ``validate`` is given."""
+
+
+class Learner(Protocol):
+    """Trains a model and updates what it learns with, such as :class:`~adalfl_lite.online.OnlineLoss`."""
+
+    def step(self, batch: Batch, meta_batch: Batch) -> Any:
+        """One step of both; the result has the ``task_loss`` on the meta batch."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def initialise(
     rollout_steps: int = 20,
     rehearsals: int = 8,
     rehearsal_steps: int = 300,
-    validate: Callable[[nn.Module], tuple[float, float]] | None = None,
+    validate: Validate | None = None,
     task_loss: Loss | None = None,
     engine: str = "forward",
     progress: bool = False,
@@ -101,27 +109,21 @@ def initialise(
         ValueError: a count is out of range, or a loader is empty.
         FloatingPointError: every rehearsal diverged; lower the base learning rate.
     """
-    for name, value, least in (
-        ("steps", steps, 1),
-        ("imitation_steps", imitation_steps, 0),
-        ("rollout_steps", rollout_steps, 1),
-        ("rehearsals", rehearsals, 0),
-        ("rehearsal_steps", rehearsal_steps, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check_counts(
+        steps=steps,
+        imitation_steps=(imitation_steps, 0),
+        rollout_steps=rollout_steps,
+        rehearsals=(rehearsals, 0),
+        rehearsal_steps=rehearsal_steps,
+    )
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     task_loss = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
     if validate is None:
         held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
-        validate = _validator(held, task_loss, loss_network.kind)
+        validate = validator(held, task_loss, task_error(loss_network.kind))
     meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
-    moments = set(_geometric(steps, rehearsals))
-    records: list[dict] = []
-    best_key, best_step, best_state = (math.inf, math.inf), steps, None
-    abandoned = 0
 
     def draw() -> OnlineLoss:
         model = make_model().train()
@@ -134,40 +136,97 @@ def initialise(
             engine=engine,
         )
 
-    def rehearse(step: int) -> None:
-        nonlocal best_key, best_step, best_state
-        error, loss = _rehearse(loss_network, make_model, make_optimizer, train_batches, rehearsal_steps, validate)
-        records.append({"step": step, "error": error, "task_loss": loss})
-        if (error, loss) < best_key:
-            best_key, best_step = (error, loss), step
-            best_state = {name: tensor.clone() for name, tensor in loss_network.state_dict().items()}
+    def rehearse() -> tuple[float, float]:
+        frozen = loss_network.clone().requires_grad_(False)
+        return rehearsal(frozen, make_model, make_optimizer, train_batches, rehearsal_steps, validate)
 
     if imitation_steps:
         imitate(loss_network, task_loss, make_model().train()(next(train_batches)[0]), steps=imitation_steps)
-        if rehearsals:
-            rehearse(0)
-    online, first_loss = draw(), math.inf
+    return meta_learn(
+        loss_network,
+        draw,
+        rehearse,
+        train_batches,
+        meta_batches,
+        steps=steps,
+        rollout_steps=rollout_steps,
+        rehearsals=rehearsals,
+        rehearse_first=imitation_steps > 0,
+        progress=progress,
+    )
+
+
+def meta_learn(
+    learned: nn.Module,
+    draw: Callable[[], Learner],
+    rehearse: Callable[[], tuple[float, float]],
+    train_batches: Iterator[Batch],
+    meta_batches: Iterator[Batch],
+    *,
+    steps: int,
+    rollout_steps: int,
+    rehearsals: int,
+    rehearse_first: bool,
+    progress: bool = False,
+) -> Initialisation:
+    """Rollouts and rehearsals of anything that is meta-learned, a loss or a learning rate.
+
+    Args:
+        learned: the module whose parameters the learners update; it ends as the best one that was rehearsed.
+        draw: a fresh learner, with a fresh base model.
+        rehearse: (error, task loss) on validation data of a training with ``learned`` as it is.
+        train_batches, meta_batches: endless.
+        steps, rollout_steps, rehearsals, progress: see :func:`initialise`.
+        rehearse_first: rehearse before the first meta step too.
+
+    Raises:
+        FloatingPointError: every rehearsal diverged.
+    """
+    moments = set(_geometric(steps, rehearsals))
+    records: list[dict] = []
+    best_key, best_step, best_state = (math.inf, math.inf), steps, None
+    abandoned = 0
+
+    def record(step: int) -> None:
+        nonlocal best_key, best_step, best_state
+        error, loss = rehearse()
+        records.append({"step": step, "error": error, "task_loss": loss})
+        if (error, loss) < best_key:
+            best_key, best_step = (error, loss), step
+            best_state = {name: tensor.clone() for name, tensor in learned.state_dict().items()}
+
+    if rehearse_first and rehearsals:
+        record(0)
+    learner, first_loss = draw(), math.inf
     remaining = rollout_steps
     for step in tqdm(range(1, steps + 1), desc="initialise", disable=not progress):
         if remaining == 0:
-            online, remaining, first_loss = draw(), rollout_steps, math.inf
+            learner, remaining, first_loss = draw(), rollout_steps, math.inf
         remaining -= 1
         try:
-            current = online.step(next(train_batches), next(meta_batches)).task_loss.item()
+            current = learner.step(next(train_batches), next(meta_batches)).task_loss.item()
         except FloatingPointError:
             current = math.inf
         first_loss = min(first_loss, current) if first_loss == math.inf else first_loss
         if not current < ABANDON_FACTOR * first_loss:
             abandoned, remaining = abandoned + 1, 0
         if step in moments:
-            rehearse(step)
+            record(step)
     if records and best_state is None:
         raise FloatingPointError(
             f"all {len(records)} rehearsals diverged; lower the base learning rate, or rehearse more often"
         )
     if best_state is not None:
-        loss_network.load_state_dict(best_state)
-    return Initialisation(step, best_step, abandoned, pd.DataFrame(records, columns=["step", "error", "task_loss"]))
+        learned.load_state_dict(best_state)
+    return Initialisation(steps, best_step, abandoned, pd.DataFrame(records, columns=["step", "error", "task_loss"]))
+
+
+def check_counts(**counts: int | tuple[int, int]) -> None:
+    """Raise ``ValueError`` naming a count below 1, or below its own least value where it is a (count, least) pair."""
+    for name, count in counts.items():
+        value, least = count if isinstance(count, tuple) else (count, 1)
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def imitate(
@@ -225,33 +284,32 @@ def _geometric(last: int, count: int) -> list[int]:
     return sorted({step for k in range(count) if (step := round(last * 2 ** (-k / 2))) >= 1})
 
 
-def _rehearse(
-    loss_network: LossNetwork,
+def rehearsal(
+    loss: Loss,
     make_model: MakeModel,
     make_optimizer: MakeOptimizer,
     batches: Iterator[Batch],
     steps: int,
-    validate: Callable[[nn.Module], tuple[float, float]],
+    validate: Validate,
 ) -> tuple[float, float]:
-    """(error, task loss) on validation data of a fresh model trained with φ frozen; infinite if it diverged."""
-    frozen = loss_network.clone().requires_grad_(False)
+    """(error, task loss) on validation data of a fresh model trained with a fixed loss; infinite if it diverged."""
     model = make_model().train()
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):
-        plain_step(model, frozen, optimizer, next(batches))
-    error, loss = validate(model)
-    return (error, loss) if math.isfinite(error) and math.isfinite(loss) else (math.inf, math.inf)
+        plain_step(model, loss, optimizer, next(batches))
+    error, value = validate(model)
+    return (error, value) if math.isfinite(error) and math.isfinite(value) else (math.inf, math.inf)
 
 
-def _validator(batches: list[Batch], task_loss: Loss, kind: str) -> Callable[[nn.Module], tuple[float, float]]:
-    error = task_error(kind)
+def validator(batches: list[Batch], task_loss: Loss, task_error: Loss) -> Validate:
+    """A function of a model: its mean (error, task loss) over ``batches``, in eval mode."""
 
     @torch.no_grad()
     def validate(model: nn.Module) -> tuple[float, float]:
         model.eval()
         pairs = [(model(inputs), targets) for inputs, targets in batches]
         model.train()
-        means = [sum(measure(*pair).item() for pair in pairs) / len(pairs) for measure in (error, task_loss)]
+        means = [sum(measure(*pair).item() for pair in pairs) / len(pairs) for measure in (task_error, task_loss)]
         return means[0], means[1]
 
     return validate

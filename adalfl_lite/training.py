@@ -13,10 +13,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import atomic_save, load_payload
+from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, OnlineLearningRate
 from adalfl_lite.losses import Loss, task_error, task_loss
 from adalfl_lite.metagradient import plain_step
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
@@ -36,10 +38,12 @@ def fit(
     steps: int,
     batch_size: int = 100,
     online: bool = False,
-    meta_learning_rate: float = META_LEARNING_RATE,
+    learn: str = "loss",
+    meta_learning_rate: float | None = None,
     meta_optimizer: Optimizer | None = None,
     meta_batches: str = "valid",
     engine: str = "forward",
+    scheduler: LRScheduler | None = None,
     seed: int = 0,
     evaluate_every: int | None = None,
     callback: Callback | None = None,
@@ -57,9 +61,13 @@ def fit(
         optimizer: base optimizer over ``model.parameters()``.
         steps: base steps T.
         batch_size: rows per training batch, and per meta batch where its split has as many.
-        online: adapt ``loss`` after every step (Algorithm 2); it must then be a module with parameters.
-        meta_learning_rate, meta_optimizer, engine: see :class:`~adalfl_lite.online.OnlineLoss`.
+        online: adapt what ``learn`` names after every step.
+        learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
+        meta_learning_rate, meta_optimizer, engine: see :class:`~adalfl_lite.online.OnlineLoss` and
+            :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has no engine.
         meta_batches: "valid", or "train" to adapt on training rows alone (the text allows both).
+        scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
+            schedule of another run, :func:`~adalfl_lite.learning_rate.replay`.
         seed: seeds the order of the batches; seed torch yourself before drawing ``model``.
         evaluate_every: steps between evaluations; a twentieth of the run by default.
         callback: called at every evaluation with (step, model, loss).
@@ -71,8 +79,9 @@ def fit(
 
     Returns:
         One row per evaluation: step, train_loss (mean of the loss trained with, since the last row), meta_loss (mean
-        L_T on meta batches, online only), valid_error, valid_loss, test_error, test_loss (L_T), seconds (training
-        alone, evaluation excluded). Errors are rates in [0, 1] or mean squared errors.
+        L_T on meta batches, online only), valid_error, valid_loss, test_error, test_loss (L_T), learning_rate
+        (of the first parameter group), seconds (training alone, evaluation excluded). Errors are rates in [0, 1] or
+        mean squared errors.
 
     Raises:
         ValueError: arguments that do not fit together, or a checkpoint of another run.
@@ -82,8 +91,12 @@ def fit(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if meta_batches not in ("valid", "train"):
         raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
+    if learn not in ("loss", "learning_rate"):
+        raise ValueError(f"learn must be 'loss' or 'learning_rate', got {learn!r}")
+    if online and learn == "learning_rate" and scheduler is not None:
+        raise ValueError("a learned learning rate and a scheduler exclude each other; leave one out")
     trainable = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
-    if online and not trainable:
+    if online and learn == "loss" and not trainable:
         raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
     evaluate_every = evaluate_every or max(1, steps // 20)
     device = next(model.parameters()).device if device is None else torch.empty(0, device=device).device
@@ -99,8 +112,20 @@ def fit(
     batches = BatchSampler(len(train), batch_size, seed)
     metas = BatchSampler(len(meta), min(batch_size, len(meta)), seed + 1)
 
-    learner = None
-    if online and isinstance(loss, nn.Module):
+    if meta_learning_rate is None:
+        meta_learning_rate = META_LEARNING_RATE if learn == "loss" else ONLINE_META_LEARNING_RATE
+    learner: OnlineLoss | OnlineLearningRate | None = None
+    if online and learn == "learning_rate":
+        learner = OnlineLearningRate(
+            model,
+            loss,
+            optimizer,
+            meta_optimizer=meta_optimizer,
+            meta_learning_rate=meta_learning_rate,
+            task_loss=task_loss(data.kind),
+            autocast=autocast,
+        )
+    elif online and isinstance(loss, nn.Module):
         learner = OnlineLoss(
             model,
             loss,
@@ -116,6 +141,7 @@ def fit(
         "steps": steps,
         "batch_size": batch_size,
         "online": online,
+        "learn": learn,
         "meta_batches": meta_batches,
         "seed": seed,
         "evaluate_every": evaluate_every,
@@ -127,6 +153,10 @@ def fit(
         parts["loss"] = loss
     if learner:
         parts["meta_optimizer"] = learner.meta_optimizer
+    if isinstance(learner, OnlineLearningRate):
+        parts["learned_rate"] = learner.learning_rate
+    if scheduler:
+        parts["scheduler"] = scheduler
     history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = _resume(checkpoint, run, parts)
@@ -136,7 +166,7 @@ def fit(
         row = {"step": step, "train_loss": train_loss, "meta_loss": meta_loss}
         for name, split in held_out.items():
             row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, split, data.kind)
-        history.append({**row, "seconds": seconds})
+        history.append({**row, "learning_rate": float(optimizer.param_groups[0]["lr"]), "seconds": seconds})
         if callback:
             callback(step, model, loss)
 
@@ -155,6 +185,8 @@ def fit(
             meta_losses.append(result.task_loss)
         else:
             losses.append(plain_step(model, loss, optimizer, batch, autocast=autocast))
+        if scheduler:
+            scheduler.step()
         if step % evaluate_every == 0 or step == steps:
             means = [torch.stack(kept).mean().item() if kept else math.nan for kept in (losses, meta_losses)]
             if not math.isfinite(means[0]):

@@ -14,6 +14,7 @@ METHOD = (
     "metagradient",
     "online",
     "initialisation",
+    "learning_rate",
     "data",
     "models",
     "tasks",

@@ -24,7 +24,7 @@ COLUMNS = {
     *("learning_rate", "initialisation_steps", "initialisation_chosen_step", "initialisation_seconds"),
     *("device", "torch", "python", "commit"),
 }
-LEARNED = [name for name, method in METHODS.items() if method.loss != "task"]
+LEARNED = [name for name, method in METHODS.items() if method.loss != "task" or method.learned_rate]
 HANDCRAFTED = [name for name in METHODS if name not in LEARNED]
 
 
@@ -80,7 +80,9 @@ def test_one_history_per_method_with_its_labels(results):
         assert history.meta_loss.iloc[1:].notna().all() == METHODS[method].online
         assert set(history.initialisation_steps) == {40 if method in LEARNED else 0}
         assert history.initialisation_chosen_step.iloc[0] in range(41 if method in LEARNED else 1)
-        assert (history.learning_rate.iloc[0] == IRIS.learning_rate) or method == "handcrafted-tuned"
+        own_rate = method == "handcrafted-tuned" or METHODS[method].learned_rate
+        assert (history.learning_rate == IRIS.learning_rate).all() or own_rate
+        assert (history.learning_rate.nunique() > 1) == (method == "rate-online")
 
 
 def test_every_method_starts_from_the_same_model_and_ends_somewhere_else(results):

@@ -19,7 +19,8 @@ from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.training import evaluate, fit
 
-COLUMNS = ["step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "test_loss", "seconds"]
+COLUMNS = ["step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "test_loss"]
+COLUMNS += ["learning_rate", "seconds"]
 
 
 def make_data(kind="classification", seed=0):

@@ -1,0 +1,296 @@
+"""Algorithms 3 and 4: a meta-learned learning rate, the control that tells how much of AdaLFL is its implied schedule.
+
+The base model keeps its handcrafted loss; what is learned is α, by the *hypergradient* of the task loss after a step.
+The step of SGD, Adam and their relatives is proportional to α: θ' = U(θ, g; α) = θ − α d(θ, g). So, exactly,
+
+    ∂θ'/∂ log α = θ' − θ,      ∂L_T(θ')/∂ log α = ⟨∇_θ' L_T, θ' − θ⟩                                          (1)
+
+(momentum's buffer taken as given, as everywhere in one-step meta-learning): the slope of the task loss along the step
+just taken. Where it is positive the step went too far, and α falls. We learn log α, which keeps α positive and its
+relative change per meta step independent of its size; the paper learns α itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from adalfl_lite.initialisation import (
+    VALIDATION_BATCHES,
+    Initialisation,
+    MakeModel,
+    MakeOptimizer,
+    Validate,
+    check_counts,
+    endless,
+    meta_learn,
+    rehearsal,
+    validator,
+)
+from adalfl_lite.losses import Loss, task_error, task_loss
+from adalfl_lite.metagradient import Batch, plain_step, trained_parameter_names
+from adalfl_lite.updates import optimizer_parameters
+
+PROPORTIONAL = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+)
+"""Optimizers whose step is proportional to their learning rate, weight decay included."""
+
+INITIAL_META_LEARNING_RATE = 1e-2
+ONLINE_META_LEARNING_RATE = 1e-3
+
+
+class LearningRate(nn.Module):
+    """φ of Algorithms 3 and 4: log α, float64, one for each parameter group of the base optimizer.
+
+    Args:
+        rates: α > 0 of each group.
+    """
+
+    def __init__(self, rates: Sequence[float]):
+        super().__init__()
+        if wrong := [rate for rate in rates if not 0 < rate < float("inf")]:
+            raise ValueError(f"learning rates must be positive and finite, got {wrong[0]}")
+        self.log_rates = nn.Parameter(torch.tensor([float(rate) for rate in rates], dtype=torch.float64).log())
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> LearningRate:
+        """The learning rates that ``optimizer`` has now."""
+        return cls([group["lr"] for group in optimizer.param_groups])
+
+    @property
+    def rates(self) -> list[float]:
+        """α of each group."""
+        return self.log_rates.detach().exp().tolist()
+
+    def give_to(self, optimizer: Optimizer) -> Optimizer:
+        """Set the learning rates of ``optimizer``'s groups to these, and return it."""
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        return optimizer
+
+
+@dataclass(frozen=True)
+class RateStep:
+    """What one step leaves behind; θ, the optimizer's state and its learning rates have been updated in place."""
+
+    meta_gradient: list[Tensor]
+    """∂L_T(θ')/∂ log α, equation (1), a list of one tensor (groups,)."""
+    learned_loss: Tensor
+    """The loss trained with, on the training batch before the update, a scalar."""
+    task_loss: Tensor
+    """L_T on the meta batch after the update, a scalar."""
+
+
+class OnlineLearningRate:
+    """Algorithm 4: trains a model with a fixed loss and a learning rate that is updated after each step:
+
+        θ ← U(θ, ∇_θ L(train batch); α),     log α ← log α − η ∂L_T(meta batch, θ)/∂ log α                    (2)
+
+    The interface of :class:`~adalfl_lite.online.OnlineLoss`, so the two can be exchanged in a loop.
+
+    Args:
+        model: f_θ, in the mode it is in.
+        loss: L, the loss to train with, (prediction, target) -> scalar.
+        optimizer: one of :data:`PROPORTIONAL` over the model's parameters. Each of its parameter groups has a learning
+            rate of its own: give it one group per layer to learn one per layer.
+        learning_rate: α to start from; by default the optimizer's own.
+        meta_optimizer: optimizer over ``learning_rate.parameters()``; by default Adam.
+        meta_learning_rate: η of the default meta-optimizer, about the relative change of α per step; 0 freezes α.
+        task_loss: L_T; by default ``loss``.
+        autocast: dtype for the base model's passes.
+
+    Raises:
+        TypeError: the optimizer's step is not proportional to its learning rate.
+        ValueError: a learning rate is not positive, or the optimizer is not of this model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        learning_rate: LearningRate | None = None,
+        meta_optimizer: Optimizer | None = None,
+        meta_learning_rate: float = ONLINE_META_LEARNING_RATE,
+        task_loss: Loss | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        if not isinstance(optimizer, PROPORTIONAL):
+            known = ", ".join(kind.__name__ for kind in PROPORTIONAL)
+            raise TypeError(
+                f"the step of {type(optimizer).__name__} is not proportional to a learning rate; use one of {known}"
+            )
+        if not meta_learning_rate >= 0:
+            raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
+        trained_parameter_names(model, optimizer)
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.learning_rate = learning_rate or LearningRate.of(optimizer)
+        self.learning_rate.give_to(optimizer)
+        parameters = self.learning_rate.parameters()
+        self.meta_optimizer = meta_optimizer or torch.optim.Adam(parameters, lr=meta_learning_rate)
+        self.task_loss = task_loss or loss
+        self.autocast = autocast
+
+    def step(self, batch: Batch, meta_batch: Batch) -> RateStep:
+        """One update of θ on ``batch``, then one of α on ``meta_batch``; each is (inputs, targets).
+
+        Raises:
+            FloatingPointError: a loss or the hypergradient is not finite; α is left unchanged.
+        """
+        result = self.meta_gradient(batch, meta_batch)
+        named = {"loss": result.learned_loss, "task loss": result.task_loss, "hypergradient": result.meta_gradient[0]}
+        for name, tensor in named.items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"the {name} is not finite after this step; lower the base learning rate")
+        self.learning_rate.log_rates.grad = result.meta_gradient[0]
+        self.meta_optimizer.step()
+        self.learning_rate.log_rates.grad = None
+        self.learning_rate.give_to(self.optimizer)
+        return result
+
+    def meta_gradient(self, batch: Batch, meta_batch: Batch) -> RateStep:
+        """Update θ on ``batch`` and return the hypergradient, equation (1), leaving α alone."""
+        parameters = optimizer_parameters(self.optimizer)
+        before = [parameter.detach().clone() for parameter in parameters]
+        self.learning_rate.give_to(self.optimizer)
+        loss = plain_step(self.model, self.loss, self.optimizer, batch, autocast=self.autocast)
+        self.optimizer.zero_grad()
+
+        meta_loss = self._loss_after(meta_batch)
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        found = dict(zip(map(id, wanted), torch.autograd.grad(meta_loss, wanted, allow_unused=True), strict=True))
+        slopes = []
+        old = iter(before)
+        for group in self.optimizer.param_groups:
+            pairs = [(found.get(id(new)), new.detach() - next(old)) for new in group["params"]]
+            slopes.append(sum((v * step).sum().double() for v, step in pairs if v is not None))
+        like = self.learning_rate.log_rates
+        hypergradient = torch.stack([torch.as_tensor(slope, dtype=like.dtype, device=like.device) for slope in slopes])
+        return RateStep([hypergradient], loss, meta_loss.detach())
+
+    def state_dict(self) -> dict:
+        """θ, α and both optimizers' states, loadable with ``weights_only=True``."""
+        return {
+            "model": self.model.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+
+    def _loss_after(self, meta_batch: Batch) -> Tensor:
+        """L_T at the new θ; buffers and the random state are left as they were."""
+        inputs, targets = meta_batch
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        device = next(self.model.parameters()).device
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                prediction = functional_call(self.model, buffers, (inputs,))
+        return self.task_loss(prediction if self.autocast is None else prediction.float(), targets)
+
+
+def initialise_learning_rate(
+    learning_rate: LearningRate,
+    make_model: MakeModel,
+    train: Iterable[Batch],
+    valid: Iterable[Batch],
+    *,
+    make_optimizer: MakeOptimizer,
+    kind: str,
+    steps: int = 2500,
+    meta_learning_rate: float = INITIAL_META_LEARNING_RATE,
+    rollout_steps: int = 20,
+    rehearsals: int = 8,
+    rehearsal_steps: int = 300,
+    validate: Validate | None = None,
+    progress: bool = False,
+) -> Initialisation:
+    """Algorithm 3: meta-learn ``learning_rate`` in place before training, with the task loss of ``kind``.
+
+    It is :func:`~adalfl_lite.initialisation.initialise` with α in the place of φ: the same rollouts and rehearsals and
+    so the same budget, and the rate to start from rehearsed first, as the imitation of the task loss is there.
+    ``rollout_steps=1, rehearsals=0`` is the paper's algorithm. The arguments are those of ``initialise``.
+    """
+    check_counts(steps=steps, rollout_steps=rollout_steps, rehearsals=(rehearsals, 0), rehearsal_steps=rehearsal_steps)
+    loss = task_loss(kind)
+    train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
+    if validate is None:
+        held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
+        validate = validator(held, loss, task_error(kind))
+    meta_optimizer = torch.optim.Adam(learning_rate.parameters(), lr=meta_learning_rate)
+
+    def draw() -> OnlineLearningRate:
+        model = make_model().train()
+        optimizer = make_optimizer(model.parameters())
+        return OnlineLearningRate(model, loss, optimizer, learning_rate=learning_rate, meta_optimizer=meta_optimizer)
+
+    def rehearse() -> tuple[float, float]:
+        def rated(parameters: Iterable[Tensor]) -> Optimizer:
+            return learning_rate.give_to(make_optimizer(parameters))
+
+        return rehearsal(loss, make_model, rated, train_batches, rehearsal_steps, validate)
+
+    return meta_learn(
+        learning_rate,
+        draw,
+        rehearse,
+        train_batches,
+        meta_batches,
+        steps=steps,
+        rollout_steps=rollout_steps,
+        rehearsals=rehearsals,
+        rehearse_first=True,
+        progress=progress,
+    )
+
+
+def replay(optimizer: Optimizer, steps: Sequence[float], multipliers: Sequence[float]) -> LambdaLR:
+    """A scheduler that multiplies the learning rate by a recorded c(t): the schedule of one run in another.
+
+    Pass it to :func:`~adalfl_lite.training.fit` as ``scheduler`` with the handcrafted loss, and the c(t) of
+    :func:`analysis.effective_lr.effective_learning_rate` along a run with a learned loss: what remains of the learned
+    loss's advantage is not the schedule it implies (exact for gradient descent without momentum and weight decay).
+
+    Args:
+        optimizer: of the base model, before its first step.
+        steps: when the multipliers were recorded, in ascending order; in between they are interpolated linearly, and
+            outside the nearest one holds.
+        multipliers: c at those steps. Negative ones count as zero, for no optimizer descends with a negative rate.
+
+    Raises:
+        ValueError: lengths differ, steps are out of order, or a multiplier is not finite.
+    """
+    times, values = np.asarray(steps, dtype=float), np.asarray(multipliers, dtype=float)
+    if times.shape != values.shape or times.ndim != 1 or not len(times):
+        raise ValueError(f"one multiplier for each step, got shapes {times.shape} and {values.shape}")
+    if (np.diff(times) <= 0).any():
+        raise ValueError("steps must be in ascending order; give the schedule of one run")
+    if not np.isfinite(values).all():
+        raise ValueError(f"the multiplier at step {times[~np.isfinite(values)][0]:g} is not finite")
+    values = values.clip(min=0)
+    return LambdaLR(optimizer, lambda step: float(np.interp(step, times, values)))
