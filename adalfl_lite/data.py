@@ -46,6 +46,9 @@ from torch import Tensor
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import calculate_md5, download_url
 
+from adalfl_lite.checks import check_inputs, check_rows, check_targets
+from adalfl_lite.losses import check_kind
+
 Kind = Literal["classification", "regression"]
 
 
@@ -62,7 +65,9 @@ class Split:
         std: (C, 1, 1) float32, the same for the standard deviation.
 
     Raises:
-        ValueError: the numbers of rows differ, or uint8 inputs come without mean and std.
+        ValueError: the numbers of rows or the devices differ; inputs or targets are of another type or shape, not
+            finite, or labels negative; or uint8 inputs come without mean and std.
+        TypeError: something is not a tensor.
     """
 
     inputs: Tensor
@@ -73,9 +78,9 @@ class Split:
 
     def __post_init__(self) -> None:
         """Check that the tensors belong together."""
-        rows = [len(self.inputs), len(self.targets), len(self.indices)]
-        if len(set(rows)) != 1:
-            raise ValueError(f"inputs, targets and indices must have the same number of rows, got {rows}")
+        check_rows(inputs=self.inputs, targets=self.targets, indices=self.indices)
+        check_inputs(self.inputs)
+        check_targets(self.targets)
         if self.inputs.dtype == torch.uint8 and (self.mean is None or self.std is None):
             raise ValueError("uint8 inputs need mean= and std= to be normalised with")
 
@@ -115,6 +120,9 @@ class Dataset:
         test: the rows to report on.
         outputs: the number of classes C, or of target variables K.
         input_shape: the shape of one input, without the batch dimension.
+
+    Raises:
+        ValueError: a split is empty or does not fit the kind, the outputs or the input shape.
     """
 
     name: str
@@ -124,6 +132,28 @@ class Dataset:
     test: Split
     outputs: int
     input_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the splits are what the other attributes say."""
+        check_kind(self.kind)
+        for name in ("train", "valid", "test"):
+            split = getattr(self, name)
+            if not len(split):
+                raise ValueError(f"the {name} split of {self.name} is empty; every split needs rows")
+            shape = tuple(split.inputs.shape[1:])
+            if shape != tuple(self.input_shape):
+                raise ValueError(f"the {name} inputs have shape {shape}, not input_shape={tuple(self.input_shape)}")
+            if (self.kind == "regression") != split.targets.is_floating_point():
+                raise ValueError(
+                    f"{self.kind} does not go with {name} targets of {split.targets.dtype}; classification takes int64"
+                    " class indices, regression floating-point targets"
+                )
+            if self.kind == "classification":
+                check_targets(split.targets, f"{name} targets", self.outputs)
+            elif split.targets.shape[1] != self.outputs:
+                raise ValueError(
+                    f"the {name} targets have shape {tuple(split.targets.shape)}, not outputs={self.outputs}"
+                )
 
 
 BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
@@ -163,10 +193,12 @@ def load_dataset(
         valid_size: for image sets, the size of the valid split; 10,000 if not given.
 
     Raises:
-        ValueError: unknown name, or a ``valid_size`` that cannot be met.
+        ValueError: unknown name, a ``seed`` out of range, or a ``valid_size`` that cannot be met.
         FileNotFoundError: a file is missing and ``download`` is False.
         RuntimeError: a file is damaged.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     folder = Path(root or os.environ.get("ADALFL_DATA") or Path.home() / ".cache" / "adalfl").expanduser()
     if name in _IMAGES:
         return _load_images(name, folder, download, seed, 10_000 if valid_size is None else valid_size)

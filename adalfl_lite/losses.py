@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adalfl_lite.checks import check_targets
 from adalfl_lite.files import atomic_save, load_payload
 
 KINDS = ("classification", "regression")
@@ -43,12 +44,30 @@ def check_kind(kind: str) -> str:
 
 def task_loss(kind: str) -> Loss:
     """L_T: mean cross-entropy of logits (B, C) and classes (B,), or mean squared error of (B, K) and (B, K)."""
-    return F.cross_entropy if check_kind(kind) == "classification" else F.mse_loss
+    return _cross_entropy if check_kind(kind) == "classification" else F.mse_loss
 
 
 def task_error(kind: str) -> Loss:
     """What is reported: the error rate in [0, 1] for classification, the mean squared error for regression."""
     return _error_rate if check_kind(kind) == "classification" else F.mse_loss
+
+
+def _cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    check_classification(prediction, target)
+    try:
+        return F.cross_entropy(prediction, target)
+    except IndexError:  # on the CPU; a GPU stops at an assertion of its own
+        check_targets(target, classes=prediction.shape[1])
+        raise
+
+
+def _one_hot(target: Tensor, classes: int) -> Tensor:
+    """(B, C) of zeros and ones; like ``F.one_hot``, which does not vmap."""
+    try:
+        return torch.zeros(len(target), classes, device=target.device).scatter(1, target[:, None], 1.0)
+    except RuntimeError:  # on the CPU, as above
+        check_targets(target, classes=classes)
+        raise
 
 
 def _error_rate(prediction: Tensor, target: Tensor) -> Tensor:
@@ -137,6 +156,8 @@ class LossNetwork(nn.Module):
             "anchored": anchored,
             "reduction": reduction,
         }
+        if min(hidden, default=1) < 1:
+            raise ValueError(f"hidden must hold positive widths, got {tuple(hidden)}")
         widths = [2, *hidden, 1]
         layers: list[nn.Module] = []
         for position, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
@@ -183,7 +204,7 @@ class LossNetwork(nn.Module):
             target: classes (B,), int64, each in [0, C); or float (B, K).
 
         Raises:
-            ValueError: shapes or dtypes do not fit; the message gives both.
+            ValueError: shapes, dtypes or labels do not fit; the message gives both.
         """
         return self._reduce(self.elementwise(prediction, target))
 
@@ -234,6 +255,8 @@ class LossNetwork(nn.Module):
             network.to(next(iter(state.values())).dtype).load_state_dict(state)
         except (KeyError, TypeError, RuntimeError, StopIteration) as error:
             raise ValueError(f"{path} is not a whole loss network: {error}") from error
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise ValueError(f"{path} holds a loss network whose parameters are not finite; use an earlier one")
         return network
 
     def _network(self, target: Tensor, output: Tensor) -> Tensor:
@@ -255,9 +278,7 @@ class LossNetwork(nn.Module):
         dtype = next(self.parameters()).dtype
         if self.kind == "classification":
             check_classification(prediction, target)
-            # compared with arange, because F.one_hot does not vmap
-            one_hot = target[:, None] == torch.arange(prediction.shape[1], device=target.device)
-            return prediction.to(dtype).softmax(-1), one_hot.to(dtype)
+            return prediction.to(dtype).softmax(-1), _one_hot(target, prediction.shape[1]).to(dtype)
         check_regression(prediction, target)
         return prediction.to(dtype), target.to(dtype)
 

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHOD = (
+    "checks",
     "losses",
     "files",
     "updates",

@@ -138,7 +138,7 @@ def test_split_refuses_tensors_that_do_not_belong_together() -> None:
     with pytest.raises(ValueError, match=r"same number of rows, got \[3, 2, 3\]"):
         Split(torch.zeros(3, 1), torch.zeros(2), torch.arange(3))
     with pytest.raises(ValueError, match="mean= and std="):
-        Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3), torch.arange(3))
+        Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3), torch.arange(3))
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

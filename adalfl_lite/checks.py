@@ -1,0 +1,91 @@
+"""What data must be like, refused by name and with a remedy where it is not.
+
+Whatever reads values runs once, where a data set is put together, or after a step has failed; a training step itself
+looks at shapes, types and devices alone, which costs a GPU nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_rows(**tensors: Any) -> None:
+    """Raise unless all are tensors, with as many rows, on one device: ``TypeError`` or ``ValueError``."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: use torch.as_tensor")
+    names = ", ".join(tensors)
+    rows = [len(tensor) for tensor in tensors.values()]
+    if len(set(rows)) != 1:
+        raise ValueError(f"{names} must have the same number of rows, got {rows}")
+    devices = [str(tensor.device) for tensor in tensors.values()]
+    if len(set(devices)) != 1:
+        raise ValueError(f"{names} must be on one device, got {', '.join(devices)}; move them with .to(device)")
+
+
+def check_inputs(inputs: Tensor, name: str = "inputs") -> None:
+    """Raise ``ValueError`` unless ``inputs`` are finite floating-point numbers, or uint8 images."""
+    if inputs.dtype == torch.uint8:
+        return
+    if not inputs.is_floating_point():
+        raise ValueError(f"{name} must be floating point, or uint8 images; got {inputs.dtype}: use .float()")
+    _check_finite(name, inputs)
+
+
+def check_targets(targets: Tensor, name: str = "targets", classes: int | None = None) -> None:
+    """Raise ``ValueError`` unless ``targets`` are int64 classes (N,) from 0 (below ``classes``), or finite (N, K)."""
+    if targets.is_floating_point():
+        if targets.ndim != 2:
+            raise ValueError(
+                f"{name} of floating point must have shape (N, K), got {tuple(targets.shape)}; for one variable use"
+                " targets[:, None], and for class indices .long()"
+            )
+        _check_finite(name, targets)
+        return
+    if targets.ndim != 1:
+        raise ValueError(
+            f"{name} must be class indices (N,), got {targets.dtype} of shape {tuple(targets.shape)};"
+            " .argmax(1) turns one-hot rows into them"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 class indices, got {targets.dtype}: use .long()")
+    if len(targets) and not targets.is_meta:
+        least, most = (int(label) for label in torch.aminmax(targets))
+        if least < 0:
+            raise ValueError(f"{name} hold the label {least}; number the classes from 0")
+        if classes is not None and most >= classes:
+            raise ValueError(
+                f"{name} hold the label {most}, but there are {classes} outputs: labels end at {classes - 1}"
+            )
+
+
+def check_batch(batch: Any, name: str, model: nn.Module) -> None:
+    """Raise unless ``batch`` is a pair (inputs, targets) with as many rows, at least one, on the model's device."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise ValueError(f"{name} must be (inputs, targets), got {type(batch).__name__}")
+    inputs, targets = batch
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        found = f"{type(inputs).__name__} and {type(targets).__name__}"
+        raise TypeError(f"{name} must be two tensors (inputs, targets), got {found}")
+    if len(inputs) != len(targets) or not len(inputs):
+        raise ValueError(f"{name} has {len(inputs)} inputs and {len(targets)} targets; give as many, at least one")
+    device = next(model.parameters()).device
+    if inputs.device != device or targets.device != device:
+        raise ValueError(
+            f"{name} is on {inputs.device} and {targets.device}, the model is on {device}; use .to({str(device)!r})"
+        )
+
+
+def check_scalar(loss: Tensor) -> None:
+    """Raise ``ValueError`` unless ``loss`` is a scalar."""
+    if loss.ndim:
+        raise ValueError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; use reduction='mean'")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.is_meta and not torch.isfinite(tensor).all():
+        row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
+        raise ValueError(f"{name} are not finite (first in row {row}): they hold NaN or infinity; clean the data first")
