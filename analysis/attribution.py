@@ -351,7 +351,7 @@ def plot_feature_attributions(
     several = values.ndim == 2 and len(values) > 1
     bars = values.detach().abs().mean(0) if several else values.detach().flatten()
     order = bars.abs().argsort(descending=True, stable=True)[:top].cpu()
-    ax = sns.barplot(x=bars.cpu()[order].numpy(), y=[names[d] for d in order], color=PALETTE[0], ax=ax)
+    ax = sns.barplot(x=bars.cpu()[order].numpy(), y=[names[d] for d in order], color=PALETTE[0], saturation=1, ax=ax)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set(xlabel="Mean |attribution|" if several else "Attribution", ylabel="")
     ax.grid(False, axis="y")

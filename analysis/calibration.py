@@ -225,7 +225,16 @@ def plot_reliability(table: pd.DataFrame, ax: Axes | None = None, hue: str | Non
         title = f"{name} (ECE {_ece(group):.3f})" if hue else f"ECE {_ece(group):.3f}"
         sns.lineplot(group, x="confidence", y="accuracy", estimator=None, color=colour, label=title, ax=ax)
         area = 6 + 150 * group["fraction"]
-        ax.scatter(group["confidence"], group["accuracy"], s=area, color=colour, alpha=0.6, linewidth=0, zorder=3)
+        ax.scatter(
+            group["confidence"],
+            group["accuracy"],
+            s=area,
+            color=colour,
+            alpha=0.6,
+            linewidth=0,
+            zorder=3,
+            clip_on=False,
+        )
     ax.set(xlabel="Confidence", ylabel="Accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     legend_above(ax)
     return ax

@@ -23,7 +23,7 @@ from torch import nn
 from analysis.effective_lr import effective_learning_rate
 from analysis.gradients import Data, on_device
 from analysis.inputs import Loss, preserved
-from analysis.plotting import PALETTE, label, legend_above
+from analysis.plotting import PALETTE, label, legend_above, plain_ticks
 
 MEASURES = {"scale": "c", "gradient_norm": "‖∇M‖", "task_gradient_norm": "‖∇L‖"}
 
@@ -198,11 +198,12 @@ def plot_early_stopping(
         for ax in (upper, lower):
             ax.axvline(found.step, color="0.4", linestyle=":")
     lower.plot([found.best_step], [found.best_valid_loss], "o", color=PALETTE[1], markersize=4)
-    upper.set(ylabel="Push, relative", ylim=(-0.03, 1.06))
+    upper.set(ylabel="Relative push", ylim=(-0.03, 1.06))
     upper.tick_params(labelbottom=False)
     lower.set(xlabel=label("step"), ylabel="Task loss")
     if runs[["train_loss", "valid_loss"]].min(axis=None) > 0:
         lower.set_yscale("log")
+        plain_ticks(lower.yaxis)
     for ax in (upper, lower):
         ax.legend()
         legend_above(ax)

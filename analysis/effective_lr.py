@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from analysis.gradients import Data, State, flat, layers, mean_gradients
 from analysis.inputs import Loss
-from analysis.plotting import DIVERGING, SEQUENTIAL, colours, label, legend_above
+from analysis.plotting import DIVERGING, SEQUENTIAL, colours, label, legend_above, plain_ticks
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,7 @@ def plot_schedule(
         ax.set_ylim(-1.05 if y == "cosine" else -0.03, 1.05)
     if log:
         ax.set_yscale("log")
+        plain_ticks(ax.yaxis)
     elif y != "residual_ratio":
         ax.axhline(0, color="0.5", linewidth=0.6, zorder=0)
     ax.set(xlabel=label("step"), ylabel=label(y))

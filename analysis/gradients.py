@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from analysis.inputs import Batch, Loss, as_batches, preserved
-from analysis.plotting import PALETTE, label
+from analysis.plotting import PALETTE, label, plain_ticks
 
 Data = Batch | Iterable[Batch]
 State = Mapping[str, Tensor]
@@ -352,7 +352,8 @@ def plot_layers(frame: pd.DataFrame, ax: Axes | None = None, x: str = "gradient_
             raise ValueError(f"log needs positive values, the largest {x} is {frame[x].max()}; use log=False")
         ax.plot(frame[x].where(frame[x] > 0), range(len(frame)), "o", color=PALETTE[0])
         ax.set(xscale="log", yticks=range(len(frame)), yticklabels=frame["layer"], ylim=(len(frame) - 0.5, -0.5))
+        plain_ticks(ax.xaxis)
     else:
-        sns.barplot(frame, x=x, y="layer", color=PALETTE[0], errorbar=None, ax=ax)
+        sns.barplot(frame, x=x, y="layer", color=PALETTE[0], saturation=1, errorbar=None, ax=ax)
     ax.set(xlabel=label(x), ylabel="")
     return ax

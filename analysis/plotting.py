@@ -23,7 +23,9 @@ import pandas as pd
 import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.statistics import bootstrap_interval, check_runs
 
@@ -72,6 +74,7 @@ def _parameters(width: str | float, aspect: float) -> dict[Any, Any]:
         "legend.frameon": False,
         "legend.handlelength": 1.8,
         "legend.handletextpad": 0.5,
+        "legend.title_fontsize": 8,
         "lines.linewidth": 1.2,
         "pdf.fonttype": 42,  # TrueType, embedded: what publishers ask for
         "ps.fonttype": 42,
@@ -132,6 +135,15 @@ def legend_above(ax: Axes) -> None:
         legend = ax.get_legend() or legend
         if legend.get_window_extent().width <= space.width:
             return
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis that spans two decades or less at 1, 2, 5, with numbers as one writes them: 0.5."""
+    low, high = axis.get_view_interval()
+    if high <= 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(fig: Figure, path: str | os.PathLike, dpi: int | None = None) -> Path:

@@ -16,6 +16,7 @@ from analysis.plotting import (
     PALETTE,
     colours,
     label,
+    plain_ticks,
     plot_comparison,
     plot_learning_curves,
     save_figure,
@@ -176,3 +177,17 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_labels():
     assert label("train_loss") == "Train loss" and label("seconds") == "Wall-clock time (s)"
+
+
+def test_ticks_within_two_decades_are_plain_numbers():
+    figure, (short, wide) = plt.subplots(1, 2)
+    for ax, top in ((short, 3.0), (wide, 3e4)):
+        ax.plot([0, 1], [0.4, top])
+        ax.set_yscale("log")
+        plain_ticks(ax.yaxis)
+    figure.canvas.draw()
+    low, high = short.get_ylim()
+    drawn = [t.get_text() for t in short.get_yticklabels() if low <= float(t.get_text()) <= high]
+    assert drawn == ["0.5", "1", "2"]
+    assert not any(text.get_text() for text in short.get_yticklabels(minor=True))
+    assert "10^{4}" in wide.get_yticklabels()[-2].get_text() + wide.get_yticklabels()[-3].get_text()
