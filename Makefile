@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "adalfl-lite needs Python 3.11 or newer and '$(PYTHON)' is not: name one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[book,dev]'
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[book,dev,methods]'
 	touch $@
 
 book: $(READY)  ## build the book from nothing, running every chapter
