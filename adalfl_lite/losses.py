@@ -210,8 +210,8 @@ class LossNetwork(nn.Module):
 
     def elementwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """ℓ_φ(y_bc, p_bc) of every example and output, shape (B, C), before it is averaged."""
-        outputs, targets = self._pairs(prediction, target)
-        return self.pointwise(outputs, targets)
+        dtype = next(self.parameters()).dtype
+        return self.pointwise(*output_pairs(self.kind, prediction, target, dtype))
 
     def pointwise(self, output: Tensor, target: Tensor) -> Tensor:
         """ℓ_φ(target, output) on tensors of equal (or broadcastable) shape: the bare two-argument function.
@@ -274,17 +274,22 @@ class LossNetwork(nn.Module):
     def _reduce(self, losses: Tensor) -> Tensor:
         return losses.mean() if self.reduction == "mean" else losses.sum() / losses.shape[0]
 
-    def _pairs(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = next(self.parameters()).dtype
-        if self.kind == "classification":
-            check_classification(prediction, target)
-            return prediction.to(dtype).softmax(-1), _one_hot(target, prediction.shape[1]).to(dtype)
-        check_regression(prediction, target)
-        return prediction.to(dtype), target.to(dtype)
-
     def extra_repr(self) -> str:
         """Show the kind, the reduction and the anchor in ``print(network)``."""
         return f"kind={self.kind!r}, reduction={self.reduction!r}, anchored={self.anchored}"
+
+
+def output_pairs(kind: str, prediction: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(p, y) of equation (1), both (B, C): probabilities and one-hot targets, or predictions and targets.
+
+    Raises:
+        ValueError: shapes, dtypes or labels do not fit ``kind``.
+    """
+    if kind == "classification":
+        check_classification(prediction, target)
+        return prediction.to(dtype).softmax(-1), _one_hot(target, prediction.shape[1]).to(dtype)
+    check_regression(prediction, target)
+    return prediction.to(dtype), target.to(dtype)
 
 
 def check_classification(prediction: Tensor, target: Tensor) -> None:

@@ -1,0 +1,302 @@
+"""Other losses: known values, the properties their papers claim, and searches that find what is planted."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adalfl_lite.baselines import (
+    FIXED,
+    DynamicalLoss,
+    NewtonLoss,
+    SymbolicLoss,
+    TaylorLoss,
+    fixed_loss,
+    search_symbolic,
+    search_taylor,
+)
+from adalfl_lite.baselines.evomal import LEAVES, OPERATIONS
+
+
+def batch(kind="classification", seed=0, rows=6, outputs=4):
+    generator = torch.Generator().manual_seed(seed)
+    prediction = 2 * torch.randn(rows, outputs, generator=generator).double()
+    if kind == "classification":
+        return prediction, torch.randint(outputs, (rows,), generator=generator)
+    return prediction, torch.randn(rows, outputs, generator=generator).double()
+
+
+def gradient(loss, prediction, target):
+    leaf = prediction.clone().requires_grad_(True)
+    return torch.autograd.grad(loss(leaf, target), leaf)[0]
+
+
+# Fixed losses ------------------------------------------------------------------------------------------------------
+
+HALF = (torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # p = ½
+ONE = (torch.tensor([[1.0]]), torch.tensor([[-2.0]]))  # e = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "example", "value"),
+    [
+        ("label-smoothing", (torch.tensor([[math.log(3), 0.0]]), torch.tensor([0])), math.log(4) - 0.95 * math.log(3)),
+        ("focal", HALF, math.log(2) / 4),
+        ("poly1", HALF, math.log(2) + 1),
+        ("generalised-ce", HALF, (1 - 0.5**0.7) / 0.7),
+        ("symmetric-ce", HALF, 0.1 * math.log(2) + 2),
+        ("absolute", HALF, 1.0),
+        ("absolute", ONE, 3.0),
+        ("huber", ONE, 2.5),
+        ("log-cosh", ONE, math.log(math.cosh(3))),
+    ],
+)
+def test_known_values(name, example, value):
+    assert fixed_loss(name)(*example).item() == pytest.approx(value, rel=1e-6)
+
+
+def test_members_of_a_family_meet_cross_entropy_and_the_absolute_error():
+    example = batch()
+    expected = F.cross_entropy(*example).item()
+    for name, options in (
+        ("label-smoothing", {"epsilon": 0.0}),
+        ("focal", {"gamma": 0.0}),
+        ("poly1", {"epsilon": 0.0}),
+        ("symmetric-ce", {"alpha": 1.0, "beta": 0.0}),
+    ):
+        assert fixed_loss(name, **options)(*example).item() == pytest.approx(expected, rel=1e-12)
+    assert fixed_loss("generalised-ce", q=1e-7)(*example).item() == pytest.approx(expected, rel=1e-5)
+    absolute = fixed_loss("absolute")(*example).item()
+    assert fixed_loss("generalised-ce", q=1.0)(*example).item() == pytest.approx(absolute / 2, rel=1e-12)
+
+
+def test_the_absolute_error_of_all_labels_is_a_constant():
+    """Σ_c loss(f, c) = 2(C − 1), which makes a loss robust to uniform label noise. Cross-entropy lacks it."""
+    prediction, _ = batch()
+    for loss, symmetric in ((fixed_loss("absolute"), True), (F.cross_entropy, False)):
+        sums = torch.stack([sum(loss(row[None], torch.tensor([c])) for c in range(4)) for row in prediction])
+        assert (sums.std() < 1e-12) == symmetric
+    assert fixed_loss("absolute")(prediction, torch.zeros(6, dtype=torch.int64)) <= 2
+
+
+@pytest.mark.parametrize("name", ["huber", "log-cosh"])
+def test_robust_losses_are_half_the_square_near_zero_and_have_slope_one_far_away(name):
+    target = torch.zeros(2, 1).double()
+    prediction = torch.tensor([[1e-3], [50.0]]).double()
+    value = fixed_loss(name)(prediction[:1], target[:1])
+    assert value.item() == pytest.approx(0.5e-6, rel=1e-3)
+    assert 2 * gradient(fixed_loss(name), prediction, target)[1].item() == pytest.approx(1)
+
+
+def test_a_certain_and_wrong_prediction_keeps_every_loss_and_gradient_finite():
+    prediction, target = torch.tensor([[200.0, -200.0]]), torch.tensor([1])
+    for name, (_, kinds) in FIXED.items():
+        example = (prediction, target) if "classification" in kinds else (prediction, -prediction)
+        assert torch.isfinite(fixed_loss(name)(*example)), name
+        assert torch.isfinite(gradient(fixed_loss(name), *example)).all(), name
+
+
+# Dynamical losses --------------------------------------------------------------------------------------------------
+
+
+def test_the_emphasis_rises_and_falls_and_goes_to_the_next_class():
+    loss = DynamicalLoss(3, amplitude=7.0, period=4)
+    assert loss.weights(0).tolist() == [1, 1, 1]
+    assert loss.weights(2).tolist() == pytest.approx([3 * 7 / 9, 3 / 9, 3 / 9])
+    assert loss.weights(1).tolist() == loss.weights(3).tolist() == pytest.approx([2, 0.5, 0.5])
+    assert loss.weights(6).argmax() == 1 and loss.weights(10).argmax() == 2
+    for step in range(30):
+        assert loss.weights(step).sum().item() == pytest.approx(3)
+        assert torch.equal(loss.weights(step), loss.weights(step + 12))
+
+
+def test_a_dynamical_loss_counts_the_steps_it_trains_and_keeps_the_count_in_its_state():
+    prediction, target = batch(outputs=3)
+    loss = DynamicalLoss(3, amplitude=7.0, period=4)
+    assert loss(prediction, target).item() == pytest.approx(F.cross_entropy(prediction, target).item())
+    with torch.no_grad():
+        loss(prediction, target)
+    assert loss.step == 1
+    expected = loss.weights(1).double()[target] * F.cross_entropy(prediction, target, reduction="none")
+    other = DynamicalLoss(3, amplitude=7.0, period=4)
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other(prediction, target), expected.mean())
+    assert other.step == 2
+    plain = DynamicalLoss(3, amplitude=1.0, period=4)
+    assert [plain(prediction, target) for _ in range(5)][-1] == pytest.approx(
+        F.cross_entropy(prediction, target).item()
+    )
+
+
+def test_bad_settings_of_a_dynamical_loss_are_refused():
+    with pytest.raises(ValueError, match="got 3, 0.5, 4"):
+        DynamicalLoss(3, amplitude=0.5, period=4)
+
+
+# Newton losses -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("curvature", ["hessian", "fisher"])
+def test_the_gradient_of_a_newton_loss_leads_to_its_target(kind, curvature):
+    """Equation (1) written out, with the Hessian of cross-entropy as diag(p) − ppᵀ."""
+    prediction, target = batch(kind)
+    loss, plain = NewtonLoss(kind, curvature, damping=0.3), F.cross_entropy if kind == "classification" else F.mse_loss
+    assert loss(prediction, target).item() == pytest.approx(plain(prediction, target).item())
+    rows, columns = prediction.shape
+    p = prediction.softmax(-1)
+    each = rows * gradient(plain, prediction, target)
+    if curvature == "fisher":
+        matrix = sum(torch.outer(g, g) for g in each) / rows
+    elif kind == "classification":
+        matrix = sum(torch.diag(row) - torch.outer(row, row) for row in p) / rows
+    else:
+        matrix = 2 / columns * torch.eye(columns).double()
+    goal = prediction - torch.stack([torch.linalg.inv(matrix + 0.3 * torch.eye(columns).double()) @ g for g in each])
+    torch.testing.assert_close(gradient(loss, prediction, target), (prediction - goal) / rows)
+
+
+def test_one_newton_step_in_output_space_minimises_a_quadratic():
+    prediction, target = batch("regression")
+    step = gradient(NewtonLoss("regression", damping=1e-9), prediction, target)
+    torch.testing.assert_close(prediction - len(prediction) * step, target)
+
+
+def test_bad_settings_of_a_newton_loss_are_refused():
+    with pytest.raises(ValueError, match="curvature must be 'hessian' or 'fisher', got 'kfac'"):
+        NewtonLoss("regression", "kfac")
+    with pytest.raises(ValueError, match="damping must be positive, got 0"):
+        NewtonLoss("regression", damping=0.0)
+
+
+# TaylorGLO ---------------------------------------------------------------------------------------------------------
+
+
+def test_coefficients_give_the_loss_they_should():
+    """θ_2 alone is linear in p; θ_0 = θ_1 = 0, θ_3 = −2, θ_5 = 2 is (p − y)² less its part in y."""
+    prediction, target = batch("regression")
+    linear = TaylorLoss("regression", torch.tensor([0, 0.5, 3.0, 0, 0, 0, 0, 0])).double()
+    assert linear(prediction, target).item() == pytest.approx(-3 * (prediction.mean().item() - 0.5))
+    square = TaylorLoss("regression", torch.tensor([0, 0, 0, -2.0, 0, 2.0, 0, 0])).double()
+    torch.testing.assert_close(gradient(square, prediction, target), gradient(F.mse_loss, prediction, target))
+
+
+def test_the_polynomial_is_the_expansion_of_a_cubic_around_its_centre():
+    """Any cubic in (y, p) less its terms in y alone: shift the centre by autograd, compare gradients in p."""
+    torch.manual_seed(0)
+    theta = torch.randn(8)
+    prediction, target = batch("regression")
+
+    def cubic(p, y):
+        d, e = p - theta[1], y - theta[0]
+        return -(
+            theta[2] * d
+            + theta[3] * d.pow(2) / math.factorial(2)
+            + theta[4] * d.pow(3) / math.factorial(3)
+            + theta[5] * e * d
+            + theta[6] * e * d.pow(2) / 2
+            + theta[7] * e.pow(2) * d / 2
+        ).mean()
+
+    expected = gradient(cubic, prediction, target)
+    torch.testing.assert_close(gradient(TaylorLoss("regression", theta).double(), prediction, target), expected)
+
+
+def test_cma_es_finds_planted_coefficients_and_survives_divergence():
+    planted = torch.linspace(-1, 1, 8)
+    calls = []
+
+    def score(loss):
+        calls.append(loss)
+        return math.inf if len(calls) % 7 == 0 else (loss.coefficients - planted).square().sum().item()
+
+    found = search_taylor("regression", score, generations=60, population=10, seed=3)
+    assert len(calls) == 600 and (found.coefficients - planted).abs().max() < 0.05
+    calls.clear()
+    again = search_taylor("regression", score, generations=60, population=10, seed=3)
+    assert torch.equal(found.coefficients, again.coefficients)
+    with pytest.raises(FloatingPointError, match="diverged with every Taylor loss"):
+        search_taylor("regression", lambda loss: math.inf, generations=1, population=4)
+
+
+# EvoMAL ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_expression_is_what_it_says():
+    prediction, target = batch("regression")
+    square = SymbolicLoss("regression", ["square", "subtract", "y", "p"]).double()
+    assert str(square) == "square(subtract(y, p))"
+    assert square(prediction, target).item() == pytest.approx(F.mse_loss(prediction, target).item())
+    with torch.no_grad():
+        square.weights.copy_(torch.tensor([2.0, 3.0, 0.5, -1.0]))
+    expected = 2 * (3 * (0.5 * target + prediction)) ** 2
+    assert square(prediction, target).item() == pytest.approx(expected.mean().item())
+    logits, classes = batch()
+    # −1/C Σ y log p is cross-entropy over C
+    entropy = SymbolicLoss("classification", ["multiply", "minus_one", "multiply", "y", "log", "p"]).double()
+    assert 4 * entropy(logits, classes).item() == pytest.approx(F.cross_entropy(logits, classes).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_finite_everywhere_and_so_is_its_gradient(name):
+    arity, function = OPERATIONS[name]
+    operands = [torch.tensor([-3.0, 0.0, 1e-3, 7.0], requires_grad=True) for _ in range(arity)]
+    value = function(*operands)
+    assert torch.isfinite(value).all()
+    for slope in torch.autograd.grad(value.sum(), operands, allow_unused=True):
+        assert torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("expression", [["add", "y"], ["y", "p"], ["plus", "y", "p"], []])
+def test_a_broken_expression_is_refused(expression):
+    with pytest.raises(ValueError, match="not one whole expression|unknown name 'plus'"):
+        SymbolicLoss("regression", expression)
+
+
+def test_genetic_programming_finds_a_planted_loss_and_is_repeatable():
+    prediction, target = batch("regression", rows=40)
+
+    def score(loss):
+        assert {"y", "p"} <= set(loss.expression) <= {*OPERATIONS, *LEAVES} and len(loss.expression) <= 25
+        found, wanted = (gradient(f, prediction, target).flatten() for f in (loss.double(), F.mse_loss))
+        value = 1 - F.cosine_similarity(found, wanted, dim=0).item()
+        scores.append(value if math.isfinite(value) else math.inf)
+        return scores[-1]
+
+    searched, scores = [], []
+    state = random.getstate()
+    options = {"generations": 20, "population": 40, "seed": 0}
+    found = search_symbolic("regression", score, searched.append, **options)
+    assert random.getstate() == state
+    assert min(scores) < 1e-6 < 0.1 < min(scores[:40])  # not in the population it began with
+    assert score(found) == pytest.approx(min(scores), abs=1e-9)
+    assert len({loss.expression for loss in searched}) == len(searched) > 60
+    assert search_symbolic("regression", score, lambda loss: None, **options).expression == found.expression
+    with pytest.raises(FloatingPointError, match="diverged with every expression"):
+        search_symbolic("regression", lambda loss: math.nan, lambda loss: None, generations=1, population=4)
+
+
+def test_losses_fit_the_loop():
+    """Each lowers its own value in a few steps of gradient descent on a linear model."""
+    inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    for kind, losses in (
+        ("classification", [NewtonLoss("classification"), DynamicalLoss(4, amplitude=1.5, period=4)]),
+        ("regression", [NewtonLoss("regression", "fisher")]),
+    ):
+        _, target = batch(kind, rows=40)
+        losses += [fixed_loss(name) for name, (_, kinds) in FIXED.items() if kind in kinds]
+        for loss in losses:
+            torch.manual_seed(0)
+            model = nn.Linear(5, 4)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            plain = F.cross_entropy if kind == "classification" else F.mse_loss
+            goal = target if kind == "classification" else target.float()
+            before = plain(model(inputs), goal).item()
+            for _ in range(30):
+                optimizer.zero_grad()
+                loss(model(inputs), goal).backward()
+                optimizer.step()
+            assert plain(model(inputs), goal).item() < before, loss
