@@ -143,6 +143,8 @@ class Run:
             for name, factor in (("plain", 1.0), ("scaled", so_far)):
                 self.variant(f"from {step / self.steps:g} {name}", rate(factor), start=states[step])
         self.variant("smoothing", scaled(s, epsilon))
+        mean_s, mean_epsilon = (np.mean([f(step) for step in range(self.steps)]) for f in (s, epsilon))
+        self.variant("constant smoothing", scaled(lambda step: mean_s, lambda step: mean_epsilon))
         self.variant("smoothing without scale", scaled(lambda step: 1.0, epsilon))
         self.variant("scale without smoothing", scaled(s))
         self.variant("algorithm 4", rate(1.0), learned_rate=True)
