@@ -122,6 +122,8 @@ class Run:
         epsilon, s = schedule(fitted, "epsilon"), schedule(fitted, "smoothing_scale")
         half, quarter = self.steps // 2, self.steps // 4
         states = self.states
+        if self.task.dataset == "digits" and self.seed < 3:
+            self.network(states[0]["loss"]).save(HERE / "phenomena_losses" / f"{self.name}-seed{self.seed}.pt")
 
         def rate(factor: float) -> LossAt:
             return lambda step: partial(smoothed_cross_entropy, epsilon=0.0, scale=factor)
@@ -162,8 +164,6 @@ class Run:
             keep = {self.steps * part // 4 for part in (0, 1, 2, 4)}
             states = self.train("online", lambda step: network, online=True, keep=keep)
             atomic_save({"format": FORMAT, "states": states}, self.states_file)
-            if self.name == "digits" and self.seed < 3:
-                self.network(states[0]["loss"]).save(HERE / "phenomena_losses" / f"digits-seed{self.seed}.pt")
         return pd.read_parquet(self.file("online"))
 
     @property
