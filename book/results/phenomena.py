@@ -57,9 +57,9 @@ class Setting:
     task: Task
     seeds: int
     wrong_labels: float = 0.0
-    initialisation_steps: int = 500
-    rehearsals: int = 4
-    rehearsal_steps: int = 500
+    initialisation_steps: int = 800
+    rehearsals: int = 5
+    rehearsal_steps: int = 600
     probe: int = 1000
     left_out: tuple[str, ...] = ()
 
@@ -83,6 +83,7 @@ SETTINGS = {
         MNIST,
         seeds=3,
         initialisation_steps=400,
+        rehearsals=4,
         rehearsal_steps=300,
         probe=500,
         left_out=("rate x30", "frozen at 0.25", "from 0.25 plain", "from 0.25 scaled", "smoothing without scale"),
