@@ -1,7 +1,7 @@
 """What data must be like, refused by name and with a remedy where it is not.
 
 Whatever reads values runs once, where a data set is put together, or after a step has failed; a training step itself
-looks at shapes, types and devices alone, which costs a GPU nothing.
+looks at shapes, types and devices alone, which costs a GPU nothing, and waits for a GPU once, in :func:`check_finite`.
 """
 
 from __future__ import annotations
@@ -79,10 +79,43 @@ def check_batch(batch: Any, name: str, model: nn.Module) -> None:
         )
 
 
+def check_values(batch: tuple[Tensor, Tensor], name: str) -> None:
+    """Raise ``ValueError`` if inputs or targets of ``batch`` are not finite, or labels negative."""
+    check_inputs(batch[0], f"{name}: inputs")
+    check_targets(batch[1], f"{name}: targets")
+
+
+def check_output(output: Any) -> Tensor:
+    """Return what a model returned if that is a tensor, else raise ``TypeError``."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return a tensor, got {type(output).__name__}; wrap it in a module that does")
+    return output
+
+
 def check_scalar(loss: Tensor) -> None:
     """Raise ``ValueError`` unless ``loss`` is a scalar."""
     if loss.ndim:
         raise ValueError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; use reduction='mean'")
+
+
+def check_finite(values: dict[str, Tensor], model: nn.Module | None = None, remedy: str = "") -> None:
+    """Raise ``FloatingPointError`` naming the first of ``values`` that is not finite; reads from the device once.
+
+    Args:
+        values: what a step computed, by name, in the order it was computed; the scalars among them are quoted.
+        model: is searched for parameters that are not finite, to name where it began.
+        remedy: beside a lower learning rate.
+    """
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in values.values()])
+    if finite.all():
+        return
+    name = list(values)[int(finite.long().argmin())]
+    scale = ", ".join(f"{name} {value.item():.3g}" for name, value in values.items() if not value.ndim)
+    wrecked = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()] if model else []
+    where = f"; not finite in the model: {', '.join(wrecked[:3])}{' ...' * (len(wrecked) > 3)}" if wrecked else ""
+    raise FloatingPointError(
+        f"the {name} is not finite after this step ({scale}{where}); lower the base learning rate{remedy}"
+    )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -33,6 +33,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.optim import Optimizer
 
+from adalfl_lite.checks import check_finite, check_output, check_scalar
 from adalfl_lite.losses import Loss
 from adalfl_lite.updates import (
     check_differentiable,
@@ -89,9 +90,13 @@ def forward_mode_step(
     random_before = _random_state(model)
 
     inputs, targets = batch
+    versions = [parameter._version for parameter in parameters]
     prediction = _forward(model, {}, inputs, autocast)
+    if [parameter._version for parameter in parameters] != versions:
+        raise RuntimeError("the model changes its parameters in place in its forward pass; do that between the steps")
     output = prediction.detach().requires_grad_(True)
     learned_loss = loss_network(output, targets)
+    _check_early(learned_loss, model, buffers)
     (output_gradient,) = torch.autograd.grad(learned_loss, output, create_graph=True)
     gradients = _gradients(prediction, parameters, grad_outputs=output_gradient.detach())
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
@@ -146,8 +151,10 @@ def unrolled_step(
     state = None
     first: list[Tensor] = []
     for inputs, targets in batches:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         prediction = _forward(model, dict(zip(names, theta, strict=True)), inputs, autocast)
         learned_loss = loss_network(prediction, targets)
+        _check_early(learned_loss, model, buffers)
         gradients = _gradients(learned_loss, theta, create_graph=True)
         theta, state = functional_update(optimizer, theta, gradients, state)
         _apply(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
@@ -169,6 +176,7 @@ def plain_step(
     """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step."""
     optimizer.zero_grad()
     value = loss(_forward(model, {}, batch[0], autocast), batch[1])
+    check_scalar(value)
     value.backward()
     optimizer.step()
     return value.detach()
@@ -180,6 +188,7 @@ def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]
     Raises:
         TypeError: the optimizer's update is not differentiable.
         ValueError: the optimizer holds a parameter that is not the model's, or none that requires a gradient.
+        RuntimeError: gradients are switched off.
     """
     check_differentiable(optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -190,6 +199,8 @@ def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]
                 f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model; "
                 "build it from model.parameters()"
             )
+    if not torch.is_grad_enabled():
+        raise RuntimeError("a training step needs gradients; leave torch.no_grad() or torch.inference_mode() first")
     if not any(parameter.requires_grad for parameter in parameters):
         raise ValueError("no parameter of the optimizer requires a gradient; unfreeze some of the model")
     return [names[id(parameter)] for parameter in parameters]
@@ -213,10 +224,22 @@ def _apply(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequen
 def _forward(model: nn.Module, replaced: dict[str, Tensor], inputs: Tensor, autocast: torch.dtype | None) -> Tensor:
     """f(x) with some parameters or buffers replaced; in-place changes to replaced buffers are discarded with them."""
     if autocast is None:
-        return functional_call(model, replaced, (inputs,))
+        return check_output(functional_call(model, replaced, (inputs,)))
     device_type = next(model.parameters()).device.type
     with torch.autocast(device_type, dtype=autocast, cache_enabled=False):
-        return functional_call(model, replaced, (inputs,)).float()
+        return check_output(functional_call(model, replaced, (inputs,))).float()
+
+
+def _check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Before θ moves: raise, with the buffers as they were, if the loss is no finite scalar.
+
+    A GPU would have to be waited for; there a loss that is not finite is seen after the step, by ``OnlineLoss``.
+    """
+    check_scalar(learned_loss)
+    if learned_loss.device.type == "cpu" and not torch.isfinite(learned_loss):
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        check_finite({"learned loss": learned_loss.detach()}, model)
 
 
 def _output_tangent(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from adalfl_lite.checks import check_batch, check_finite, check_values
 from adalfl_lite.losses import Loss, task_loss
 from adalfl_lite.metagradient import Batch, MetaStep, forward_mode_step, trained_parameter_names, unrolled_step
+from adalfl_lite.updates import optimizer_parameters
 
 ENGINES = ("forward", "unrolled")
 
@@ -30,6 +32,7 @@ class OnlineLoss:
         meta_optimizer: optimizer over ``loss_network.parameters()``; by default Adam.
         meta_learning_rate: η of the default meta-optimizer; 0 freezes φ. Ignored when ``meta_optimizer`` is given.
         task_loss: L_T(prediction, target); by default the one of ``loss_network.kind``.
+        clip_meta_gradient: scale ∇_φ L_T down to this norm where it is longer; None, the default, leaves it.
         engine: "forward" (exact, fast) or "unrolled" (reference), see :mod:`adalfl_lite.metagradient`.
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
 
@@ -46,6 +49,7 @@ class OnlineLoss:
         meta_optimizer: Optimizer | None = None,
         meta_learning_rate: float = META_LEARNING_RATE,
         task_loss: Loss | None = None,
+        clip_meta_gradient: float | None = None,
         engine: str = "forward",
         autocast: torch.dtype | None = None,
     ):
@@ -54,36 +58,62 @@ class OnlineLoss:
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
         trained_parameter_names(model, optimizer)
+        if clip_meta_gradient is not None and not clip_meta_gradient > 0:
+            raise ValueError(f"clip_meta_gradient must be positive, or None not to clip; got {clip_meta_gradient}")
+        _check_model(model, engine, autocast)
+        _check_loss_network(loss_network, model, meta_optimizer)
         self.model, self.loss_network, self.optimizer = model, loss_network, optimizer
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
         self.task_loss = task_loss or default_task_loss(loss_network)
-        self.engine, self.autocast = engine, autocast
+        self.clip_meta_gradient, self.engine, self.autocast = clip_meta_gradient, engine, autocast
 
     def step(self, batch: Batch, meta_batch: Batch) -> MetaStep:
         """One update of θ on ``batch``, then one of φ on ``meta_batch``; each is (inputs, targets).
 
         Raises:
-            FloatingPointError: the learned loss, the task loss or the meta-gradient is not finite; φ is left unchanged.
+            FloatingPointError: the learned loss, the task loss or the meta-gradient is not finite. φ is left unchanged,
+                and where it is the learned loss, on the CPU, θ as well; catch it to leave the batch out, or to go back
+                to an earlier :meth:`state_dict`.
+            ValueError: a batch is not what the model and the losses take; φ is left unchanged.
         """
-        result = self.meta_gradient([batch], meta_batch)
-        self.apply_meta_gradient(result)
+        check_batch(batch, "batch", self.model)
+        check_batch(meta_batch, "meta_batch", self.model)
+        if batch[1].dtype != meta_batch[1].dtype:
+            raise ValueError(
+                f"targets are {batch[1].dtype} in batch, {meta_batch[1].dtype} in meta_batch; give the same"
+            )
+        try:
+            result = self.meta_gradient([batch], meta_batch)
+            self.apply_meta_gradient(result)
+        except FloatingPointError:
+            check_values(batch, "batch")
+            check_values(meta_batch, "meta_batch")
+            raise
         return result
 
     def meta_gradient(self, batches: Sequence[Batch], meta_batch: Batch) -> MetaStep:
         """Update θ on ``batches`` (one inner step each) and return ∇_φ L_T, leaving φ alone."""
         arguments = (self.model, self.loss_network, self.optimizer)
-        if self.engine == "unrolled" or len(batches) > 1:
+        if self.engine == "unrolled" or len(batches) != 1:
             return unrolled_step(*arguments, batches, meta_batch, self.task_loss, autocast=self.autocast)
         return forward_mode_step(*arguments, batches[0], meta_batch, self.task_loss, autocast=self.autocast)
 
     def apply_meta_gradient(self, result: MetaStep) -> None:
-        """One step of the meta-optimizer with ``result.meta_gradient``, after checking that all of it is finite."""
-        check_finite(result)
-        parameters = [p for p in self.loss_network.parameters() if p.requires_grad]
-        for parameter, gradient in zip(parameters, result.meta_gradient, strict=True):
+        """One step of the meta-optimizer with ``result.meta_gradient``, checked to be finite, and clipped if so wished.
+
+        Raises:
+            FloatingPointError: see :meth:`step`.
+        """
+        named = [(name, p) for name, p in self.loss_network.named_parameters() if p.requires_grad]
+        values = {"learned loss": result.learned_loss, "task loss": result.task_loss}
+        values |= {f"meta-gradient of {name}": g for (name, _), g in zip(named, result.meta_gradient, strict=True)}
+        check_finite(values, self.model, ", or initialise the loss network for this optimizer (adalfl_lite.initialise)")
+        for (_, parameter), gradient in zip(named, result.meta_gradient, strict=True):
             parameter.grad = gradient
+        if self.clip_meta_gradient is not None:
+            nn.utils.clip_grad_norm_([parameter for _, parameter in named], self.clip_meta_gradient)
         self.meta_optimizer.step()
-        for parameter in parameters:
+        for _, parameter in named:
             parameter.grad = None
 
     def state_dict(self) -> dict:
@@ -96,7 +126,9 @@ class OnlineLoss:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave; ``ValueError`` naming what it lacks."""
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; give what state_dict() returned")
         self.model.load_state_dict(state["model"])
         self.loss_network.load_state_dict(state["loss_network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -111,13 +143,25 @@ def default_task_loss(loss_network: nn.Module) -> Loss:
     return task_loss(kind)
 
 
-def check_finite(result: MetaStep) -> None:
-    """Raise ``FloatingPointError`` naming the first of learned loss, task loss and meta-gradient that is not finite."""
-    named: list[tuple[str, Tensor]] = [("learned loss", result.learned_loss), ("task loss", result.task_loss)]
-    named += [(f"meta-gradient of parameter {i}", gradient) for i, gradient in enumerate(result.meta_gradient)]
-    for name, tensor in named:
-        if not torch.isfinite(tensor).all():
-            raise FloatingPointError(
-                f"the {name} is not finite after this step; lower the base learning rate, "
-                "or initialise the loss network for this optimizer (adalfl_lite.initialise)"
-            )
+def _check_model(model: nn.Module, engine: str, autocast: torch.dtype | None) -> None:
+    """What would end in an error of torch's, or in a wrong number, within the first step."""
+    if engine == "unrolled" and hasattr(model, "_orig_mod"):
+        raise ValueError("a compiled model has no double backward; use engine='forward', or do not compile it")
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False):
+            raise ValueError(f"the layer {name!r} gives sparse gradients, which have no derivative; use sparse=False")
+    if autocast is not None and not autocast.is_floating_point:
+        raise ValueError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast}")
+
+
+def _check_loss_network(loss_network: nn.Module, model: nn.Module, meta_optimizer: Optimizer | None) -> None:
+    phi = {id(parameter) for parameter in loss_network.parameters() if parameter.requires_grad}
+    if not phi:
+        raise ValueError(
+            f"{type(loss_network).__name__} has no parameter that requires a gradient; to keep the loss as it is,"
+            " use meta_learning_rate=0, or train without OnlineLoss"
+        )
+    if phi & {id(parameter) for parameter in model.parameters()}:
+        raise ValueError("the model and the loss network share a parameter; give each its own")
+    if meta_optimizer is not None and not phi >= {id(parameter) for parameter in optimizer_parameters(meta_optimizer)}:
+        raise ValueError("meta_optimizer holds a parameter that is not φ; build it from loss_network.parameters()")
