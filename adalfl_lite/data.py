@@ -165,6 +165,13 @@ def dataset_names() -> list[str]:
     return [*_TABLES, *_IMAGES]
 
 
+def dataset_kind(name: str) -> Kind:
+    """Return "classification" or "regression" without reading any file; ``ValueError`` for an unknown name."""
+    if name not in dataset_names():
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
+    return _TABLES[name].kind if name in _TABLES else "classification"
+
+
 def load_dataset(
     name: str,
     *,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -267,6 +268,22 @@ def initialise_learning_rate(
         rehearse_first=True,
         progress=progress,
     )
+
+
+def implied_multiplier(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -> float:
+    """c = ⟨∇M, ∇L⟩/‖∇L‖² on one batch, of ∇_θ M = c ∇_θ L + r: by how much M multiplies the learning rate of L.
+
+    The model is run in eval mode, which is put back. NaN where ∇L = 0.
+    """
+    training = model.training
+    model.eval()
+    prediction = model(batch[0])
+    model.train(training)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    learned, task = (torch.autograd.grad(f(prediction, batch[1]), parameters, **options) for f in (loss, task_loss))
+    inner = sum((m * g).sum() for m, g in zip(learned, task, strict=True))
+    return float(inner / sum(g.square().sum() for g in task))
 
 
 def replay(optimizer: Optimizer, steps: Sequence[float], multipliers: Sequence[float]) -> LambdaLR:

@@ -213,7 +213,7 @@ def test_a_diverged_run_is_counted_and_left_out_of_the_picture(comparison, tmp_p
         (("train", "[/red]"), "unknown task '[/red]'; known tasks: digits"),  # is not markup
         (("train", "iris", "--method", "magic"), "unknown method 'magic'; known methods: handcrafted"),
         (("train", "iris", "--device", "abacus"), "cannot train on device 'abacus': "),
-        (("train", "iris", "--seed", "-1"), "range"),
+        (("train", "iris", "--seed", "-1"), "seed must lie in"),
         (("train", "mnist-mlp", "--root", "nowhere"), "download=True"),
         (("compare", "iris", "cifar"), "unknown task 'cifar'"),
         (("compare", "iris", "--methods", "online,"), "unknown method ''"),

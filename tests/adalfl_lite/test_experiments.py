@@ -24,8 +24,11 @@ COLUMNS = {
     *("learning_rate", "initialisation_steps", "initialisation_chosen_step", "initialisation_seconds"),
     *("device", "torch", "python", "commit"),
 }
-LEARNED = [name for name, method in METHODS.items() if method.loss != "task" or method.learned_rate]
-HANDCRAFTED = [name for name in METHODS if name not in LEARNED]
+EVERY = [name for name, method in METHODS.items() if "classification" in method.kinds]
+INITIALISED = [name for name in EVERY if METHODS[name].loss in ("adalfl", "ml3") or METHODS[name].learned_rate]
+SEARCHED = ["taylorglo", "evomal"]
+LEARNED = [*INITIALISED, *SEARCHED, "rate-replay"]
+HANDCRAFTED = [name for name in EVERY if name not in LEARNED]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +38,9 @@ def short_initialisations():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "INITIALISATION_STEPS", 40)
         patch.setattr(experiments, "MAX_REHEARSAL_STEPS", 15)
+        patch.setattr(experiments, "SEARCH_STEPS", 10)
+        patch.setattr(experiments, "LOCAL_STEPS", 5)
+        patch.setattr(experiments, "SEARCH_BUDGET", {name: {"generations": 2, "population": 6} for name in SEARCHED})
         short = {name: replace(how, imitation_steps=min(how.imitation_steps, 20)) for name, how in METHODS.items()}
         patch.setattr(experiments, "METHODS", short)
         yield
@@ -59,8 +65,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """Every method on iris with seed 0, stored in ``folder``."""
-    return compared([IRIS], list(METHODS), [0], folder=folder)
+    """Every method for classification on iris with seed 0, stored in ``folder``."""
+    return compared([IRIS], EVERY, [0], folder=folder)
+
+
+@pytest.fixture(scope="module")
+def regression():
+    """Every method for regression on diabetes with seed 0."""
+    return compared([DIABETES], [name for name, method in METHODS.items() if "regression" in method.kinds], [0])
 
 
 def rows(results, method):
@@ -72,28 +84,40 @@ def rows(results, method):
 
 def test_one_history_per_method_with_its_labels(results):
     assert set(results.columns) == COLUMNS
-    for method in METHODS:
+    for method in EVERY:
         history = rows(results, method)
         assert history.step.tolist() == list(range(0, 41, 2))
         assert set(history.task) == {"iris"} and set(history.seed) == {0}
         assert np.isfinite(history[["valid_error", "test_error", "test_loss"]].to_numpy()).all()
         assert history.meta_loss.iloc[1:].notna().all() == METHODS[method].online
-        assert set(history.initialisation_steps) == {40 if method in LEARNED else 0}
-        assert history.initialisation_chosen_step.iloc[0] in range(41 if method in LEARNED else 1)
+        tried = set(history.initialisation_steps)
+        assert tried == {40 if method in INITIALISED else 12 if method == "taylorglo" else 0} or method == "evomal"
+        assert history.initialisation_chosen_step.iloc[0] in range(41 if method in INITIALISED else 1)
         own_rate = method == "handcrafted-tuned" or METHODS[method].learned_rate
-        assert (history.learning_rate == IRIS.learning_rate).all() or own_rate
-        assert (history.learning_rate.nunique() > 1) == (method == "rate-online")
+        assert (history.learning_rate == IRIS.learning_rate).all() or own_rate or method == "rate-replay"
+        assert (history.learning_rate.nunique() > 1) == (method in ("rate-online", "rate-replay"))
+
+
+def test_every_method_for_regression_runs_too(regression):
+    for method in regression.method.unique():
+        history = rows(regression, method)
+        assert history.step.tolist() == list(range(0, 41, 2))
+        assert np.isfinite(history[["valid_error", "test_error"]].to_numpy()).all()
+    assert set(METHODS) - set(regression.method) == {
+        *("label-smoothing", "focal", "poly1", "generalised-ce", "symmetric-ce", "dynamical")
+    }
+    assert set(METHODS) - set(EVERY) == {"huber", "log-cosh"}
 
 
 def test_every_method_starts_from_the_same_model_and_ends_somewhere_else(results):
-    starts = {rows(results, method).test_loss.iloc[0] for method in METHODS}
+    starts = {rows(results, method).test_loss.iloc[0] for method in EVERY}
     assert len(starts) == 1
-    ends = [rows(results, method).test_loss.iloc[-1] for method in METHODS]
-    assert len(set(ends)) == len(METHODS)
+    ends = [rows(results, method).test_loss.iloc[-1] for method in EVERY]
+    assert len(set(ends)) == len(EVERY)
 
 
 def test_methods_that_start_from_the_same_loss_share_its_initialisation(results):
-    seconds = {method: rows(results, method).initialisation_seconds.iloc[0] for method in METHODS}
+    seconds = {method: rows(results, method).initialisation_seconds.iloc[0] for method in EVERY}
     assert seconds["offline"] == seconds["online"]
     assert len({seconds[method] for method in ("ml3", "online", "online-train")}) == 3
 
@@ -108,8 +132,8 @@ def test_provenance_says_what_a_result_depends_on(results):
 
 def test_final_errors_are_the_last_rows(results):
     last = final_errors(results)
-    assert len(last) == len(METHODS) and set(last.step) == {40} and not last.diverged.any()
-    for method in METHODS:
+    assert len(last) == len(EVERY) and set(last.step) == {40} and not last.diverged.any()
+    for method in EVERY:
         assert rows(last, method).test_error.item() == rows(results, method).test_error.iloc[-1]
 
 
@@ -117,11 +141,11 @@ def test_final_errors_are_the_last_rows(results):
 
 
 def test_a_rerun_reads_what_is_finished_and_runs_the_rest(results, folder, monkeypatch):
-    assert sorted(os.listdir(folder)) == sorted(f"iris--{method}--seed0.parquet" for method in METHODS)
+    assert sorted(os.listdir(folder)) == sorted(f"iris--{method}--seed0.parquet" for method in EVERY)
     ran = []
     monkeypatch.setattr(experiments, "run", lambda task, method, seed, **_: ran.append((method, seed)) or results[:1])
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    same(compared([IRIS], list(METHODS), [0], folder=folder), results)
+    same(compared([IRIS], EVERY, [0], folder=folder), results)
     assert ran == [] and times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     removed = folder / "iris--offline--seed0.parquet"
     kept = removed.read_bytes()
@@ -174,7 +198,7 @@ def test_a_backend_that_cannot_stream_its_results_works_too():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("poison", ["not a number", "shuffled"])
+@pytest.mark.parametrize("poison", ["enlarged", "shuffled"])
 def test_no_method_looks_at_the_test_split(results, monkeypatch, poison):
     """Were it used for anything but reporting, the training curves or the chosen settings would change."""
     load = tasks.load_dataset
@@ -182,11 +206,11 @@ def test_no_method_looks_at_the_test_split(results, monkeypatch, poison):
     def poisoned(*arguments, **options):
         data = load(*arguments, **options)
         inputs, targets = data.test.inputs, data.test.targets
-        inputs = inputs * math.nan if poison == "not a number" else inputs.flip(0)
+        inputs = inputs * 1e6 if poison == "enlarged" else inputs.flip(0)
         return replace(data, test=replace(data.test, inputs=inputs, targets=targets))
 
     monkeypatch.setattr(tasks, "load_dataset", poisoned)
-    methods = list(METHODS) if poison == "shuffled" else ["ml3", *HANDCRAFTED]
+    methods = EVERY if poison == "shuffled" else ["ml3", *HANDCRAFTED]
     found = compared([IRIS], methods, [0])
     expected = pd.concat([rows(results, method) for method in methods], ignore_index=True)
     same(found, expected, without=["test_error", "test_loss"])
@@ -257,6 +281,26 @@ def test_the_tuned_learning_rate_is_the_one_with_the_lowest_validation_error(see
     assert len(set(scores)) == len(scores) and tuned.learning_rate.iloc[0] == candidates[best].learning_rate
 
 
+def test_the_replayed_schedule_is_the_one_that_online_implied(results, monkeypatch):
+    """c at each evaluation of an online run, by gradients of our own; and it is a schedule of 40 steps."""
+    seen = {}
+    replay = experiments.replay
+    monkeypatch.setattr(experiments, "replay", lambda o, *found: seen.update(found=found) or replay(o, *found))
+    same(run(IRIS, "rate-replay", 0), rows(results, "rate-replay"))
+    x, y = IRIS.load(seed=0).train[:]
+    expected = []
+
+    def record(step, model, loss):
+        parameters = list(model.parameters())
+        pair = [torch.autograd.grad(f(model(x), y), parameters) for f in (loss, torch.nn.functional.cross_entropy)]
+        m, g = (torch.cat([t.flatten() for t in gradient]) for gradient in pair)
+        expected.append((m @ g / (g @ g)).item())
+
+    run(IRIS, "online", 0, callback=record)
+    assert seen["found"][0] == list(range(0, 41, 2))
+    assert seen["found"][1] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_learned_loss_is_frozen_offline_and_adapted_online():
     moved = {}
 
@@ -312,6 +356,8 @@ def test_not_a_number_counts_as_diverged():
     [
         ((["nothing"], ["online"], [0]), "unknown task 'nothing'; known tasks: digits"),
         ((["iris"], ["handcrafted", "magic"], [0]), "unknown method 'magic'; known methods: handcrafted, ml3"),
+        ((["iris"], ["huber"], [0]), "method 'huber' is for regression, task 'iris' is classification"),
+        ((["iris", "diabetes"], ["focal"], [0]), "method 'focal' is for classification, task 'diabetes' is regression"),
         (([], ["online"], [0]), "nothing to compare: tasks is empty"),
         ((["iris"], [], [0]), "nothing to compare: methods is empty"),
         ((["iris"], ["online"], []), "nothing to compare: seeds is empty"),
