@@ -51,7 +51,7 @@ LossAt = Callable[[int], Loss]
 class Setting:
     """A task; which part of its training and validation labels is wrong; how its loss is initialised; what is left out.
 
-    ``probe`` rows of each split are measured along the way.
+    Along the way, ``probe`` rows of each split are measured: 25 times in the online run, ``records`` times in the others.
     """
 
     task: Task
@@ -61,6 +61,7 @@ class Setting:
     rehearsals: int = 5
     rehearsal_steps: int = 600
     probe: int = 1000
+    records: int = 25
     left_out: tuple[str, ...] = ()
 
     def load(self, seed: int, root: str | None = None) -> Dataset:
@@ -86,6 +87,7 @@ SETTINGS = {
         rehearsals=4,
         rehearsal_steps=300,
         probe=500,
+        records=5,
         left_out=("rate x30", "frozen at 0.25", "from 0.25 plain", "from 0.25 scaled", "smoothing without scale"),
     ),
 }
@@ -256,7 +258,7 @@ class Run:
             for name in names:
                 parameter = model.get_parameter(name)
                 parameter.register_hook(lambda gradient, scale=layer_scales[layer]: gradient * scale(now))
-        record_at = {*range(0, self.steps + 1, self.steps // (25 if online else 5))}
+        record_at = {*range(0, self.steps + 1, self.steps // (25 if online else self.setting.records))}
         record_at |= {3, 6, 10, 15, 20, 30} if online else set()
         rows: list[dict] = []
         states: dict[int, dict] = {}
