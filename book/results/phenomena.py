@@ -51,7 +51,7 @@ LossAt = Callable[[int], Loss]
 class Setting:
     """A task; which part of its training and validation labels is wrong; how its loss is initialised; what is left out.
 
-    Along the way, ``probe`` rows of each split are measured: 25 times in the online run, ``records`` times in the others.
+    Along the way ``probe`` rows of each split are measured, 25 times in the online run and ``records`` in the others.
     """
 
     task: Task
