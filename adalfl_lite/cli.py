@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from adalfl_lite.data import BUNDLED
-from adalfl_lite.experiments import MAIN_METHODS, METHODS, compare, final_errors, get_method, run
+from adalfl_lite.experiments import MAIN_METHODS, METHODS, check_applies, compare, final_errors, run
 from adalfl_lite.files import atomic_path
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.tasks import TASKS, Task, get_task
@@ -57,6 +57,12 @@ Root = Annotated[
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, ...")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Training steps; the task's own number by default.")]
 Out = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
+LabelNoise = Annotated[
+    float, typer.Option(help="Make this fraction of the train and validation labels wrong (classification).")
+]
+Imbalance = Annotated[
+    float, typer.Option(help="Thin the train and validation classes until the first is this many times the last.")
+]
 
 
 @app.command()
@@ -79,6 +85,8 @@ def train(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "online",
     seed: Annotated[int, typer.Option(help="Seeds the split, the model, the loss and the batches.")] = 0,
     steps: Steps = None,
+    label_noise: LabelNoise = 0.0,
+    imbalance: Imbalance = 1.0,
     root: Root = None,
     download: Annotated[bool, typer.Option("--download", help="Download the data if it is missing.")] = False,
     device: Device = "cpu",
@@ -90,8 +98,8 @@ def train(
 
         adalfl train digits --method online
     """
-    chosen = _task(task, steps)
-    _checked(get_method, method)
+    chosen = _task(task, steps, label_noise, imbalance)
+    _checked(check_applies, method, chosen)
     _usable(device, out)
     _load(chosen, root=root, download=download, seed=seed)
     stem = out / f"{chosen.name}--{method}--seed{seed}"
@@ -128,6 +136,8 @@ def compare_command(
     ),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 5,
     steps: Steps = None,
+    label_noise: LabelNoise = 0.0,
+    imbalance: Imbalance = 1.0,
     root: Root = None,
     device: Device = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes to use; a job is one (task, seed).")] = 1,
@@ -141,11 +151,13 @@ def compare_command(
     would have done as well; *online-train* adapts the loss without validation data.
 
         adalfl compare digits wine --methods handcrafted,online,handcrafted-tuned --seeds 10 --jobs 2
+        adalfl compare digits --methods handcrafted,label-smoothing,online --label-noise 0.4
     """
-    chosen = [_task(task, steps) for task in tasks]
+    chosen = [_task(task, steps, label_noise, imbalance) for task in tasks]
     names = [name.strip() for name in methods.split(",")]
     for name in names:
-        _checked(get_method, name)
+        for task in chosen:
+            _checked(check_applies, name, task)
     _usable(device, out)
     for task in chosen:
         _load(task, root=root)
@@ -212,8 +224,8 @@ def draw(results: pd.DataFrame, figure: Figure) -> plt.Figure:
     return drawn
 
 
-def _task(name: str, steps: int | None) -> Task:
-    task = _checked(get_task, name)
+def _task(name: str, steps: int | None, label_noise: float, imbalance: float) -> Task:
+    task = _checked(get_task, name).corrupted(label_noise=label_noise, imbalance=imbalance)
     return task.with_(steps=steps) if steps else task
 
 

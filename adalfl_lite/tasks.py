@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalfl_lite.corruption import with_imbalance, with_label_noise
 from adalfl_lite.data import Dataset, load_dataset
 from adalfl_lite.models import build_model
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, a base model and the settings of its base optimizer, SGD."""
+    """A data set, a base model and the settings of its base optimizer, SGD.
+
+    ``label_noise`` and ``imbalance`` make a classification task harder, see :mod:`adalfl_lite.corruption`.
+    """
 
     name: str
     dataset: str
@@ -31,10 +35,15 @@ class Task:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    label_noise: float = 0.0
+    imbalance: float = 1.0
 
     def load(self, *, root: str | None = None, download: bool = False, seed: int = 0) -> Dataset:
-        """The data set, split with ``seed``; see :func:`adalfl_lite.data.load_dataset`."""
-        return load_dataset(self.dataset, root=root, download=download, seed=seed)
+        """The data set, split (and corrupted) with ``seed``; see :func:`adalfl_lite.data.load_dataset`."""
+        data = load_dataset(self.dataset, root=root, download=download, seed=seed)
+        if self.imbalance != 1:
+            data = with_imbalance(data, self.imbalance, seed)
+        return with_label_noise(data, self.label_noise, seed) if self.label_noise else data
 
     def make_model(self, data: Dataset) -> nn.Module:
         """A fresh base model for ``data``, drawn from torch's global random state."""
@@ -53,6 +62,12 @@ class Task:
     def with_(self, **changes: Any) -> Task:
         """The same task with some settings changed."""
         return replace(self, **changes)
+
+    def corrupted(self, *, label_noise: float = 0.0, imbalance: float = 1.0) -> Task:
+        """The same task, harder, and named so: ``digits`` becomes ``digits-noise0.4`` or ``digits-imbalance10``."""
+        noise = f"-noise{label_noise:g}" if label_noise else ""
+        rarity = f"-imbalance{imbalance:g}" if imbalance != 1 else ""
+        return self.with_(name=self.name + rarity + noise, label_noise=label_noise, imbalance=imbalance)
 
 
 IMAGES: dict[str, Any] = {"batch_size": 128, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}

@@ -17,6 +17,7 @@ METHOD = (
     "initialisation",
     "learning_rate",
     "data",
+    "corruption",
     "models",
     "tasks",
     "training",

@@ -95,6 +95,16 @@ def test_tasks_lists_every_task_and_where_its_data_comes_from():
         assert ("bundled" in line) == (task.dataset in BUNDLED)
 
 
+def test_harder_tasks_have_results_of_their_own(tmp_path):
+    options = ("--methods", "handcrafted", "--seeds", 1, "--steps", 4, "--out", tmp_path)
+    succeeds("compare", "iris", *options)
+    text = succeeds("compare", "iris", "--label-noise", 0.4, "--imbalance", 2, *options)
+    assert "iris-imbalance2-noise0.4" in text
+    names = [f"iris{end}--handcrafted--seed0.parquet" for end in ("", "-imbalance2-noise0.4")]
+    first, second = (pd.read_parquet(tmp_path / "jobs" / name) for name in names)
+    assert set(second.task) == {"iris-imbalance2-noise0.4"} and first.test_loss.iloc[-1] != second.test_loss.iloc[-1]
+
+
 # Train -------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +223,9 @@ def test_a_diverged_run_is_counted_and_left_out_of_the_picture(comparison, tmp_p
         (("train", "[/red]"), "unknown task '[/red]'; known tasks: digits"),  # is not markup
         (("train", "iris", "--method", "magic"), "unknown method 'magic'; known methods: handcrafted"),
         (("train", "iris", "--device", "abacus"), "cannot train on device 'abacus': "),
+        (("train", "diabetes", "--label-noise", "0.2"), "label_noise is for classification; diabetes is regression"),
+        (("compare", "iris", "--imbalance", "0.5"), "imbalance must be 1 or more, got 0.5"),
+        (("compare", "iris", "diabetes", "--methods", "focal"), "method 'focal' is for classification, task 'diab"),
         (("train", "iris", "--seed", "-1"), "seed must lie in"),
         (("train", "mnist-mlp", "--root", "nowhere"), "download=True"),
         (("compare", "iris", "cifar"), "unknown task 'cifar'"),
