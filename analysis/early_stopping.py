@@ -162,7 +162,7 @@ def _ordered(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def plot_early_stopping(
     frame: pd.DataFrame, axes: tuple[Axes, Axes] | None = None, threshold: float = 0.1, by: str = "scale"
 ) -> tuple[Axes, Axes]:
-    """Draw the push over training above the task losses, whose gap is shaded, logarithmic if positive.
+    """Draw the relative push over training above the task losses, whose gap is shaded, logarithmic if positive.
 
     Dotted lines mark where the push ended, the dot the best validation loss.
 
@@ -198,7 +198,7 @@ def plot_early_stopping(
         for ax in (upper, lower):
             ax.axvline(found.step, color="0.4", linestyle=":")
     lower.plot([found.best_step], [found.best_valid_loss], "o", color=PALETTE[1], markersize=4)
-    upper.set(ylabel="Relative push", ylim=(-0.03, 1.06))
+    upper.set(ylabel="Push", ylim=(-0.03, 1.06))
     upper.tick_params(labelbottom=False)
     lower.set(xlabel=label("step"), ylabel="Task loss")
     if runs[["train_loss", "valid_loss"]].min(axis=None) > 0:

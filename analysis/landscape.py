@@ -473,10 +473,10 @@ def plot_trajectory(path: Trajectory, ax: Axes | None = None) -> Axes:
         >>> ax = plot_trajectory(Trajectory(np.array([[2, 1], [1, 0.2], [0, 0]]), np.array([0.9, 0.1]), ({}, {}), {}))
     """
     ax = plt.gca() if ax is None else ax
-    color = PALETTE[1]
     outline = [patheffects.withStroke(linewidth=4, foreground="white")]
-    ax.plot(*path.coordinates.T, marker="o", markersize=4, color=color, path_effects=outline)
-    ax.plot(*path.coordinates[-1], marker="*", markersize=14, color=color, markeredgecolor="white")
+    ax.plot(*path.coordinates.T, color=PALETTE[1], path_effects=outline)
+    ax.plot(*path.coordinates.T, "o", markersize=4, color=PALETTE[1])
+    ax.plot(*path.coordinates[-1], "*", markersize=14, color=PALETTE[1], markeredgecolor="white")
     first, second = path.explained_variance
     ax.set(xlabel=f"First component ({first:.1%})", ylabel=f"Second component ({second:.1%})")
     return ax

@@ -11,6 +11,11 @@ For example, with any diagnostics of this package or your own functions of (mode
         recorder(step, model, loss)
         ...                                     # train as ever
     recorder.frame("effective_lr")              # one row per step
+
+or from the files of a run that is over::
+
+    states = [(step, torch.load(path, weights_only=True)) for step, path in files]
+    recorder.replay(model, loss, states).frame("effective_lr")
 """
 
 from __future__ import annotations

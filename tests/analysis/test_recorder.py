@@ -15,7 +15,9 @@ import analysis.recorder
 from adalfl_lite.data import load_dataset
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.training import fit
+from analysis.early_stopping import push_and_gap
 from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer
+from analysis.label_smoothing import implied_label_smoothing
 from analysis.recorder import Recorder
 
 
@@ -153,7 +155,11 @@ def test_seconds_and_share_are_those_of_the_diagnostics(monkeypatch):
 
 def test_checkpoints_give_what_the_run_gave():
     batch = examples()
-    diagnostics = {"whole": lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch)}
+    diagnostics = {
+        "whole": lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch),
+        "smoothing": lambda model, loss: implied_label_smoothing(model, loss, batch),
+        "push": lambda model, loss: push_and_gap(model, loss, F.cross_entropy, batch, batch),
+    }
     model, loss, live, checkpoints = classifier().double(), learned_loss().double(), Recorder(**diagnostics), []
     batch = (batch[0].double(), batch[1])
     start = copy.deepcopy((model, loss))
@@ -173,7 +179,7 @@ def test_checkpoints_give_what_the_run_gave():
 
     pd.testing.assert_frame_equal(Recorder(**diagnostics).replay(*start, seeded()).frame(), live.frame(), rtol=1e-12)
     alone = Recorder(**diagnostics).replay(start[0], F.cross_entropy, [c[:2] for c in checkpoints]).frame()
-    assert alone.scale.tolist() == pytest.approx([1] * 3)
+    assert alone.query("diagnostic == 'whole'").scale.tolist() == pytest.approx([1] * 3)
 
 
 def test_bad_input_is_named():
