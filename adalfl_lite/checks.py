@@ -10,6 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def check_counts(**counts: int | tuple[int, int]) -> None:
+    """Raise ``ValueError`` naming what is no whole number of at least 1, or of ``least`` for a pair (count, least)."""
+    for name, count in counts.items():
+        value, least = count if isinstance(count, tuple) else (count, 1)
+        if value != int(value):
+            raise ValueError(f"{name} must be a whole number, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_rows(**tensors: Any) -> None:
@@ -83,6 +94,30 @@ def check_values(batch: tuple[Tensor, Tensor], name: str) -> None:
     """Raise ``ValueError`` if inputs or targets of ``batch`` are not finite, or labels negative."""
     check_inputs(batch[0], f"{name}: inputs")
     check_targets(batch[1], f"{name}: targets")
+
+
+def check_trainable(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise unless ``optimizer`` holds parameters of ``model`` alone, one of which requires a gradient.
+
+    Raises:
+        TypeError: it is not an optimizer.
+        ValueError: another model's parameter, or nothing to train.
+        RuntimeError: gradients are switched off.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    known = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in held:
+        if id(parameter) not in known:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model; "
+                "build it from model.parameters()"
+            )
+    if not any(parameter.requires_grad for parameter in held):
+        raise ValueError("no parameter of the optimizer requires a gradient; unfreeze some of the model")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("a training step needs gradients; leave torch.no_grad() or torch.inference_mode() first")
 
 
 def check_output(output: Any) -> Tensor:

@@ -35,6 +35,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Make the folder of ``path`` and raise ``OSError`` if a file cannot be written there: now, not after the work."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror} ({error.filename}); name another place") from error
+
+
 def atomic_save(payload: Any, path: str | os.PathLike) -> None:
     """``torch.save(payload, path)``, atomically. The payload must be loadable with ``weights_only=True``."""
     with atomic_path(path) as temporary:
@@ -54,7 +67,7 @@ def load_payload(path: str | os.PathLike, format: str) -> dict:
     try:
         payload = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many types for damaged and foreign files
-        raise ValueError(f"{path} cannot be read as a {format} file: it is damaged or not one of ours") from error
+        raise ValueError(f"{path} cannot be read as a {format} file: it is damaged or foreign; delete it") from error
     found = payload.get("format") if isinstance(payload, dict) else None
     if found != format:
         raise ValueError(f"{path} holds format {found!r}, expected {format!r}; write it again with this version")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from adalfl_lite.checks import check_counts
 from adalfl_lite.losses import Loss, LossNetwork, task_error
 from adalfl_lite.metagradient import Batch, plain_step
 from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
@@ -219,14 +220,6 @@ def meta_learn(
     if best_state is not None:
         learned.load_state_dict(best_state)
     return Initialisation(steps, best_step, abandoned, pd.DataFrame(records, columns=["step", "error", "task_loss"]))
-
-
-def check_counts(**counts: int | tuple[int, int]) -> None:
-    """Raise ``ValueError`` naming a count below 1, or below its own least value where it is a (count, least) pair."""
-    for name, count in counts.items():
-        value, least = count if isinstance(count, tuple) else (count, 1)
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def imitate(

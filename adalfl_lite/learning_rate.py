@@ -24,13 +24,13 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from adalfl_lite.checks import check_counts
 from adalfl_lite.initialisation import (
     VALIDATION_BATCHES,
     Initialisation,
     MakeModel,
     MakeOptimizer,
     Validate,
-    check_counts,
     endless,
     meta_learn,
     rehearsal,

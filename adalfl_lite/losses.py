@@ -44,12 +44,12 @@ def check_kind(kind: str) -> str:
 
 def task_loss(kind: str) -> Loss:
     """L_T: mean cross-entropy of logits (B, C) and classes (B,), or mean squared error of (B, K) and (B, K)."""
-    return _cross_entropy if check_kind(kind) == "classification" else F.mse_loss
+    return _cross_entropy if check_kind(kind) == "classification" else _squared_error
 
 
 def task_error(kind: str) -> Loss:
     """What is reported: the error rate in [0, 1] for classification, the mean squared error for regression."""
-    return _error_rate if check_kind(kind) == "classification" else F.mse_loss
+    return _error_rate if check_kind(kind) == "classification" else _squared_error
 
 
 def _cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
@@ -59,6 +59,11 @@ def _cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
     except IndexError:  # on the CPU; a GPU stops at an assertion of its own
         check_targets(target, classes=prediction.shape[1])
         raise
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    check_regression(prediction, target)  # torch would broadcast (B,) and (B, 1) to (B, B)
+    return F.mse_loss(prediction, target)
 
 
 def _one_hot(target: Tensor, classes: int) -> Tensor:
@@ -71,6 +76,7 @@ def _one_hot(target: Tensor, classes: int) -> Tensor:
 
 
 def _error_rate(prediction: Tensor, target: Tensor) -> Tensor:
+    check_classification(prediction, target)
     return (prediction.argmax(-1) != target).float().mean()
 
 

@@ -33,7 +33,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from adalfl_lite.checks import check_finite, check_output, check_scalar
+from adalfl_lite.checks import check_finite, check_output, check_scalar, check_trainable
 from adalfl_lite.losses import Loss
 from adalfl_lite.updates import (
     check_differentiable,
@@ -191,19 +191,9 @@ def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]
         RuntimeError: gradients are switched off.
     """
     check_differentiable(optimizer)
+    check_trainable(model, optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = optimizer_parameters(optimizer)
-    for parameter in parameters:
-        if id(parameter) not in names:
-            raise ValueError(
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model; "
-                "build it from model.parameters()"
-            )
-    if not torch.is_grad_enabled():
-        raise RuntimeError("a training step needs gradients; leave torch.no_grad() or torch.inference_mode() first")
-    if not any(parameter.requires_grad for parameter in parameters):
-        raise ValueError("no parameter of the optimizer requires a gradient; unfreeze some of the model")
-    return [names[id(parameter)] for parameter in parameters]
+    return [names[id(parameter)] for parameter in optimizer_parameters(optimizer)]
 
 
 def _gradients(output: Tensor, parameters: Sequence[Tensor], **options: Any) -> list[Tensor | None]:

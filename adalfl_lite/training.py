@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from adalfl_lite.checks import check_counts, check_finite, check_output, check_trainable
 from adalfl_lite.data import BatchSampler, Dataset, Split
-from adalfl_lite.files import atomic_save, load_payload
+from adalfl_lite.files import atomic_save, check_writable, load_payload
 from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, OnlineLearningRate
 from adalfl_lite.losses import Loss, task_error, task_loss
 from adalfl_lite.metagradient import plain_step
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
 
 FORMAT = "adalfl-checkpoint-1"
+
+POLICIES = ("raise", "skip", "restore")
+MAX_UNDONE = 10
+"""So many steps between two evaluations may be undone before training stops."""
 
 Callback = Callable[[int, nn.Module, Loss], None]
 """Called as (step, model, loss) at every evaluation, step 0 included."""
@@ -42,12 +50,14 @@ def fit(
     meta_learning_rate: float | None = None,
     meta_optimizer: Optimizer | None = None,
     meta_batches: str = "valid",
+    clip_meta_gradient: float | None = None,
     engine: str = "forward",
     scheduler: LRScheduler | None = None,
     seed: int = 0,
     evaluate_every: int | None = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike | None = None,
+    on_divergence: str = "raise",
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     progress: bool = True,
@@ -63,8 +73,8 @@ def fit(
         batch_size: rows per training batch, and per meta batch where its split has as many.
         online: adapt what ``learn`` names after every step.
         learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
-        meta_learning_rate, meta_optimizer, engine: see :class:`~adalfl_lite.online.OnlineLoss` and
-            :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has no engine.
+        meta_learning_rate, meta_optimizer, clip_meta_gradient, engine: see :class:`~adalfl_lite.online.OnlineLoss` and
+            :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has the first two.
         meta_batches: "valid", or "train" to adapt on training rows alone (the text allows both).
         scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
             schedule of another run, :func:`~adalfl_lite.learning_rate.replay`.
@@ -73,6 +83,10 @@ def fit(
         callback: called at every evaluation with (step, model, loss).
         checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU; a
             finished run is returned as it was.
+        on_divergence: what to do about a step that is not finite. "raise" stops; the checkpoint keeps the last
+            evaluation. "skip" undoes the step, and "restore" goes back to the last evaluation; both warn, go on with
+            the next batch, and stop at the eleventh such step between two evaluations. They cost a look at the
+            parameters per step, and "skip" a copy of them.
         device: where to train; the model must be there already. By default where the model is.
         autocast: dtype for the model's passes, such as ``torch.bfloat16``.
         progress: show a progress bar.
@@ -85,10 +99,13 @@ def fit(
 
     Raises:
         ValueError: arguments that do not fit together, or a checkpoint of another run.
-        FloatingPointError: the loss or a meta-gradient stopped being finite; the last checkpoint is kept.
+        OSError: the checkpoint cannot be written.
+        FloatingPointError: the loss, a parameter or a meta-gradient is not finite; step and tensor are named, and the
+            last checkpoint is kept.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
+    if on_divergence not in POLICIES:
+        raise ValueError(f"on_divergence must be one of {', '.join(POLICIES)}; got {on_divergence!r}")
     if meta_batches not in ("valid", "train"):
         raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
     if learn not in ("loss", "learning_rate"):
@@ -99,12 +116,14 @@ def fit(
     if online and learn == "loss" and not trainable:
         raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
     evaluate_every = evaluate_every or max(1, steps // 20)
-    device = next(model.parameters()).device if device is None else torch.empty(0, device=device).device
-    if device != next(model.parameters()).device:
-        raise ValueError(
-            f"the model is on {next(model.parameters()).device}, not on {device}; "
-            f"move it with model.to({str(device)!r}) before building its optimizer"
-        )
+    if getattr(loss, "kind", data.kind) != data.kind:
+        raise ValueError(f"the loss network is for {loss.kind}, the data set {data.name!r} for {data.kind}")  # type: ignore
+    device = _device_of(model, device)
+    check_trainable(model, optimizer)
+    if inspect.signature(optimizer.step).parameters["closure"].default is not None:
+        raise TypeError(f"{type(optimizer).__name__} needs a closure, which fit has not; use one such as SGD or Adam")
+    if checkpoint is not None:
+        check_writable(checkpoint)
     if isinstance(loss, nn.Module):
         loss.to(device)
     train, meta = data.train.to(device), getattr(data, meta_batches).to(device)
@@ -133,6 +152,7 @@ def fit(
             meta_optimizer=meta_optimizer,
             meta_learning_rate=meta_learning_rate,
             task_loss=task_loss(data.kind),
+            clip_meta_gradient=clip_meta_gradient,
             engine=engine,
             autocast=autocast,
         )
@@ -146,6 +166,8 @@ def fit(
         "seed": seed,
         "evaluate_every": evaluate_every,
         "meta_learning_rate": meta_learning_rate,
+        "clip_meta_gradient": clip_meta_gradient,
+        "on_divergence": on_divergence,
         "learning_rate": [group["lr"] for group in optimizer.param_groups],
     }
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches, "metas": metas}
@@ -175,27 +197,45 @@ def fit(
         record(0, math.nan, math.nan)
     losses: list[Tensor] = []
     meta_losses: list[Tensor] = []
+    learned = {name: part for name, part in parts.items() if part not in (batches, metas)}
+    good = _states(learned) if on_divergence == "restore" else {}
+    undone = 0
     clock = time.perf_counter()
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, desc="fit")
     for step in bar:
+        if on_divergence == "skip":
+            good = _states(learned)
         batch = train[next(batches)]
-        if learner:
-            result = learner.step(batch, meta[next(metas)])
-            losses.append(result.learned_loss)
-            meta_losses.append(result.task_loss)
-        else:
-            losses.append(plain_step(model, loss, optimizer, batch, autocast=autocast))
-        if scheduler:
-            scheduler.step()
+        try:
+            if learner:
+                result = learner.step(batch, meta[next(metas)])
+                losses.append(result.learned_loss)
+                meta_losses.append(result.task_loss)
+            else:
+                value = plain_step(model, loss, optimizer, batch, autocast=autocast)
+                if on_divergence != "raise":
+                    _check_step(value, model)
+                losses.append(value)
+            if scheduler:
+                scheduler.step()
+        except FloatingPointError as error:
+            if on_divergence == "raise" or undone == MAX_UNDONE:
+                raise FloatingPointError(f"step {step}: {error}") from error
+            warnings.warn(f"step {step}: {error}; {on_divergence} and go on", RuntimeWarning, stacklevel=2)
+            for name, state in copy.deepcopy(good).items():
+                learned[name].load_state_dict(state)
+            undone += 1
         if step % evaluate_every == 0 or step == steps:
+            if on_divergence == "raise":
+                _check_since(losses, step, model)
             means = [torch.stack(kept).mean().item() if kept else math.nan for kept in (losses, meta_losses)]
-            if not math.isfinite(means[0]):
-                raise FloatingPointError(f"the loss was not finite by step {step}; lower the base learning rate")
-            losses, meta_losses = [], []
+            losses, meta_losses, undone = [], [], 0
             seconds += time.perf_counter() - clock
             record(step, *means)
             bar.set_postfix(train_loss=f"{means[0]:.3g}", valid_error=f"{history[-1]['valid_error']:.3g}")
             clock = time.perf_counter()
+            if on_divergence == "restore":
+                good = _states(learned)
             if checkpoint is not None:
                 _save(checkpoint, run, parts, history)
     return pd.DataFrame(history)
@@ -203,17 +243,62 @@ def fit(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) -> tuple[float, float]:
-    """(error, task loss) of ``model`` in eval mode over a whole split; the model's mode is put back."""
+    """(error, task loss) of ``model`` in eval mode over a whole split; the model's mode is put back.
+
+    Raises:
+        ValueError: the split is empty, or the model's outputs do not fit its targets.
+    """
+    check_counts(batch_size=batch_size)
+    if not len(split):
+        raise ValueError("the split is empty; there is nothing to evaluate on")
     training = model.training
     model.eval()
     totals = [0.0, 0.0]
     for start in range(0, len(split), batch_size):
         inputs, targets = split[start : start + batch_size]
-        prediction = model(inputs).float()
+        prediction = check_output(model(inputs)).float()
         for i, measure in enumerate((task_error(kind), task_loss(kind))):
             totals[i] += measure(prediction, targets).item() * len(targets)
     model.train(training)
     return totals[0] / len(split), totals[1] / len(split)
+
+
+def _device_of(model: nn.Module, wanted: torch.device | str | None) -> torch.device:
+    """The device of the model's parameters; ``ValueError`` if that is not the one that is wanted."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"the model has no parameters: there is nothing to train in a {type(model).__name__}")
+    try:
+        device = parameter.device if wanted is None else torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise ValueError(f"cannot train on device {str(wanted)!r}: {str(error).splitlines()[0]}") from error
+    if device != parameter.device:
+        raise ValueError(
+            f"the model is on {parameter.device}, not on {device}; "
+            f"move it with model.to({str(device)!r}) before building its optimizer"
+        )
+    return device
+
+
+def _check_step(loss: Tensor, model: nn.Module) -> None:
+    """Raise ``FloatingPointError`` unless the loss of a plain step, its gradient and its result are finite."""
+    named = dict(model.named_parameters())
+    gradients = {f"gradient of {name}": p.grad for name, p in named.items() if p.grad is not None}
+    check_finite({"loss": loss, **gradients, **{f"parameter {name}": p for name, p in named.items()}}, model)
+
+
+def _check_since(losses: list[Tensor], step: int, model: nn.Module) -> None:
+    """The same for all steps since the last evaluation at once, up to ``step``, without a look at each."""
+    finite = torch.isfinite(torch.stack(losses)).tolist()
+    first = finite.index(False) if False in finite else len(finite) - 1
+    try:
+        _check_step(losses[first], model)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step - len(finite) + 1 + first}: {error}") from None
+
+
+def _states(parts: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
 
 def _save(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: list[dict]) -> None:
@@ -227,6 +312,8 @@ def _save(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: li
 def _resume(path: str | os.PathLike, run: dict, parts: dict[str, Any]) -> list[dict]:
     """Load every part's state and the random state; return the history so far."""
     saved = load_payload(path, FORMAT)
+    if missing := {"run", "history", "random"} - saved.keys():
+        raise ValueError(f"{path} is not a whole checkpoint, it lacks {', '.join(sorted(missing))}; delete it")
     different = [
         f"{name} {saved['run'].get(name)!r} -> {run[name]!r}" for name in run if saved["run"].get(name) != run[name]
     ]
