@@ -1,4 +1,4 @@
-"""The ``adalfl`` command line: train one model, compare methods over seeds, list the tasks, draw what was stored."""
+"""The ``adalfl`` command line: train one model, compare methods over seeds, draw and tabulate what was stored."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from adalfl_lite.tasks import TASKS, Task, get_task
 from analysis.loss_shapes import loss_curves, plot_loss_curves
 from analysis.plotting import plot_comparison, plot_learning_curves, save_figure, theme
 from analysis.statistics import summarise
+from analysis.tables import comparison_table, render
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +41,7 @@ Start here:
     adalfl tasks                      # what can be trained
     adalfl train digits               # one model, about a minute
     adalfl compare digits --seeds 3   # handcrafted loss against learned ones
+    adalfl table results/comparison.parquet
 """,
 )
 
@@ -49,6 +51,14 @@ class Figure(StrEnum):
 
     comparison = "comparison"
     curves = "curves"
+
+
+class Format(StrEnum):
+    """What ``adalfl table`` can write."""
+
+    markdown = "markdown"
+    latex = "latex"
+    html = "html"
 
 
 Root = Annotated[
@@ -179,14 +189,48 @@ def plot(
 
     adalfl plot results/comparison.parquet --figure curves --out curves.pdf
     """
-    if not results.is_file():
-        _fail(f"{results} does not exist; give the .parquet file that train or compare wrote")
-    frame = _checked(pd.read_parquet, results)
-    if missing := {"task", "method", "seed", "step", "test_error"} - set(frame.columns):
-        _fail(f"{results} lacks the columns {', '.join(sorted(missing))}; give a file that train or compare wrote")
+    frame = _stored(results)
     print_errors(frame, str(results))
     with theme():
         _picture(draw(frame, figure), out or results.with_suffix(".png"))
+
+
+@app.command("table")
+def table_command(
+    results: Annotated[list[Path], typer.Argument(help="One or more .parquet files of `adalfl compare`.")],
+    format: Annotated[Format, typer.Option(help="How to write it.")] = Format.markdown,
+    reference: Annotated[str, typer.Option(help="The method that the others are tested against.")] = "handcrafted",
+    out: Annotated[Path | None, typer.Option(help="File to write; printed by default.")] = None,
+) -> None:
+    """Write stored results as a table for a paper: methods down, tasks across, test errors at the end of training.
+
+    Each cell is the mean over seeds ± half its 95 % bootstrap interval; the lowest of a task is bold. An arrow marks a
+    method that is lower (↓) or higher (↑) than the reference on the same seeds: Wilcoxon's signed-rank test, Holm's
+    correction over the methods of a task, p < .05. Fewer than six seeds never reach that.
+
+        adalfl table results/comparison.parquet
+        adalfl table results/comparison.parquet --format latex --reference handcrafted-tuned --out table.tex
+    """
+    stored = pd.concat([_stored(path) for path in results], ignore_index=True)
+    keys = ["task", "method", "seed", "step"]
+    if stored.duplicated(keys).any():
+        _fail(
+            f"the files share a run, {stored.loc[stored.duplicated(keys), keys[:3]].iloc[0].to_dict()}; leave one out"
+        )
+    runs = final_errors(stored)
+    if reference not in set(runs.method):
+        _fail(f"no runs of the reference {reference!r} in the results; they have {', '.join(runs.method.unique())}")
+    caption = (
+        f"Test error, mean over seeds ± half a 95 % bootstrap interval; arrows: lower or higher than {reference}, "
+        "paired Wilcoxon test with Holm's correction, p < .05."
+    )
+    text = render(_checked(comparison_table, runs, reference), format, caption)
+    if out is None:
+        print(text, end="")
+        return
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    Console().print(f"table:   {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_errors(results: pd.DataFrame, title: str) -> None:
@@ -227,6 +271,16 @@ def draw(results: pd.DataFrame, figure: Figure) -> plt.Figure:
 def _task(name: str, steps: int | None, label_noise: float, imbalance: float) -> Task:
     task = _checked(get_task, name).corrupted(label_noise=label_noise, imbalance=imbalance)
     return task.with_(steps=steps) if steps else task
+
+
+def _stored(path: Path) -> pd.DataFrame:
+    """Read a table of results; end the program if the file is not one."""
+    if not path.is_file():
+        _fail(f"{path} does not exist; give the .parquet file that train or compare wrote")
+    frame = _checked(pd.read_parquet, path)
+    if missing := {"task", "method", "seed", "step", "test_error"} - set(frame.columns):
+        _fail(f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that train or compare wrote")
+    return frame
 
 
 def _checked(function: Any, *arguments: Any, **options: Any) -> Any:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ from adalfl_lite.experiments import METHODS, final_errors
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.tasks import TASKS
 
-COMMANDS = ["tasks", "train", "compare", "plot"]
+COMMANDS = ["tasks", "train", "compare", "plot", "table"]
 WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}
 
 
@@ -195,6 +196,39 @@ def test_plot_writes_beside_the_table_by_default(comparison, tmp_path):
     table.write_bytes((comparison[0] / "comparison.parquet").read_bytes())
     succeeds("plot", table)
     assert files(tmp_path) == ["table.parquet", "table.png"]
+
+
+@pytest.mark.parametrize(("format", "start"), [("markdown", "| method |"), ("latex", "%"), ("html", "<table>")])
+def test_table_writes_the_means_of_a_stored_comparison(comparison, tmp_path, format, start):
+    stored = comparison[0] / "comparison.parquet"
+    text = succeeds("table", stored, "--format", format)
+    assert text.startswith(start)
+    for mean in final_errors(pd.read_parquet(stored)).groupby(["task", "method"]).test_error.mean():
+        assert f"{mean:.4f}" in text
+    assert str(tmp_path / "table") in succeeds("table", stored, "--format", format, "--out", tmp_path / "table")
+    assert (tmp_path / "table").read_text(encoding="utf-8") == text
+
+
+def test_table_joins_the_results_that_come_with_the_book():
+    folder = Path(__file__).parents[2] / "book" / "results"
+    text = succeeds("table", folder / "bundled.parquet", folder / "mnist.parquet")
+    header, _, *lines = text.splitlines()
+    for task in ("digits", "wine", "breast_cancer", "diabetes", "mnist-lenet5"):
+        assert f"| {task} |" in header
+    for method in ("handcrafted", "online"):
+        assert sum(line.startswith(f"| {method} |") for line in lines) == 1
+    assert text.count("**") // 2 >= 5 and "↓" in text
+
+
+def test_table_says_what_is_missing(comparison, tmp_path):
+    stored = comparison[0] / "comparison.parquet"
+    assert "no runs of the reference 'ml3' in the results; they have handcrafted, offline" in fails(
+        "table", stored, "--reference", "ml3"
+    )
+    assert "does not exist" in fails("table", stored, tmp_path / "nothing.parquet")
+    assert "the files share a run, {'task': 'iris', 'method': 'handcrafted', 'seed': 0}" in fails(
+        "table", stored, stored
+    )
 
 
 def test_a_diverged_run_is_counted_and_left_out_of_the_picture(comparison, tmp_path):
