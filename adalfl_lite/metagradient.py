@@ -1,40 +1,42 @@
 """One step of learning, and its meta-gradient: ∇_φ L_T(f_{θ'(φ)}(x_val), y_val) with θ' = U(θ, ∇_θ M_φ).
 
-Two engines compute the same number.
-
 ``forward_mode_step``, for one inner step, never forms a second derivative of the base model. With f the training
 output, g = ∂M_φ/∂f, and v = ∇_θ' L_T one ordinary backward pass on the meta batch,
 
     w = (∂U/∂g)ᵀ v           the optimizer's own derivative, elementwise                                     (1)
     u = J_f(θ) w             one forward-mode pass of the base model, without a graph                       (2)
-    ∇_φ L_T = ∇_φ ⟨∂M_φ/∂f (f, y), u⟩    a double backward through the small loss network alone               (3)
+    ∇_φ L_T = ∇_φ ⟨∂M_φ/∂f (f, y), u⟩    derivatives of the small loss network alone                       (3)
 
 It follows from ∇_θ M_φ = J_fᵀ g: differentiating θ' along φ gives (∂U/∂g) J_fᵀ ∂g/∂φ, and the products are taken from
 the left. Row b of u says how example b's output would move along the (negative) meta-direction: which examples shape
-the loss. Cost: two forward-backward passes and a tangent pass, 8/3 of a plain step, at plain training's memory.
+the loss. Cost: two forward-backward passes and a tangent pass, about three plain steps, at plain training's memory.
+Two options save a part of it:
+
+- ``finite_difference=True`` replaces (2) by one more forward pass, and is approximate;
+- ``shared_forward_step`` takes the *next training batch* as its meta batch. The forward pass that gives v is then the
+  next step's training pass, kept until φ is known; same numbers, one forward pass less.
 
 ``unrolled_step`` differentiates through any number of inner steps with autograd: the reference, and the engine for
 models or optimizers forward mode cannot serve.
 
-Both update the model and the optimizer exactly as ``optimizer.step()`` would, momentum and BatchNorm buffers included;
+All update the model and the optimizer exactly as ``optimizer.step()`` would, momentum and BatchNorm buffers included;
 the meta batch passes through the model in its current mode and leaves buffers and the random state as they were.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.optim import Optimizer
 
-from adalfl_lite.checks import check_finite, check_output, check_scalar, check_trainable
-from adalfl_lite.losses import Loss
+from adalfl_lite.checks import check_finite, check_scalar, check_trainable
+from adalfl_lite.closed_form import layers_of, mixed_derivative
+from adalfl_lite.losses import Loss, LossNetwork
+from adalfl_lite.tangents import finite_difference_tangent, forward, output_tangent
 from adalfl_lite.updates import (
     check_differentiable,
     functional_update,
@@ -58,7 +60,7 @@ class MetaStep:
     prediction: Tensor
     """Training output f before the update, (B, C)."""
     output_tangent: Tensor | None
-    """u of equation (2), (B, C); None from the unrolled engine."""
+    """u of equation (2), (B, C); None from ``unrolled_step``, or where f does not depend on θ."""
 
 
 def forward_mode_step(
@@ -69,9 +71,10 @@ def forward_mode_step(
     meta_batch: Batch,
     task_loss: Loss,
     *,
+    finite_difference: bool = False,
     autocast: torch.dtype | None = None,
 ) -> MetaStep:
-    """One base step with M_φ and its exact meta-gradient by equations (1) to (3).
+    """One base step with M_φ and its meta-gradient by equations (1) to (3).
 
     Args:
         model: f_θ; its parameters that ``optimizer`` holds are updated in place.
@@ -80,51 +83,129 @@ def forward_mode_step(
         batch: (inputs, targets) for the base step.
         meta_batch: (inputs, targets) on which L_T is taken at the new θ'.
         task_loss: L_T, called as (prediction, target) -> scalar.
+        finite_difference: approximate u by one more forward pass, see :mod:`adalfl_lite.tangents`.
         autocast: dtype for the model's passes; the losses see float32 predictions.
     """
+    training = _training_pass(model, batch, autocast)
+    arguments = (model, loss_network, optimizer, training, meta_batch, task_loss)
+    return _step(*arguments, finite_difference=finite_difference, keep=False, autocast=autocast)[0]
+
+
+def shared_forward_step(
+    model: nn.Module,
+    loss_network: nn.Module,
+    optimizer: Optimizer,
+    batch: Batch,
+    next_batch: Batch,
+    task_loss: Loss,
+    kept: ForwardPass | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+) -> tuple[MetaStep, ForwardPass]:
+    """:func:`forward_mode_step` with the next training batch as its meta batch, and the pass over it, kept.
+
+    Hand the pass to the next call. It is used if that call's ``batch`` is this ``next_batch``, the same two tensors,
+    and neither they nor the model have changed; otherwise it is dropped and the batch passes through the model again.
+    So the result is the same in every case; only the time differs.
+    """
+    fits = kept is not None and kept.fits(model, batch)
+    training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, batch, autocast)
+    arguments = (model, loss_network, optimizer, training, next_batch, task_loss)
+    return _step(*arguments, finite_difference=False, keep=True, autocast=autocast)
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A forward pass with its graph, and what it takes to repeat it, or to let it count later."""
+
+    batch: Batch
+    prediction: Tensor
+    buffers: dict[str, Tensor]
+    """The model's buffers before the pass."""
+    new_buffers: dict[str, Tensor]
+    """What the pass made of them; empty if it changed the model's own."""
+    random: RandomState
+    """The random state before the pass."""
+    new_random: RandomState
+    """And after it."""
+    versions: list[Any]
+
+    def fits(self, model: nn.Module, batch: Batch) -> bool:
+        """Whether a training pass over ``batch`` would repeat this pass."""
+        same = all(ours is theirs for ours, theirs in zip(self.batch, batch, strict=True))
+        return same and self.versions == _versions(model, batch)
+
+
+def _step(
+    model: nn.Module,
+    loss_network: nn.Module,
+    optimizer: Optimizer,
+    training: ForwardPass,
+    meta_batch: Batch,
+    task_loss: Loss,
+    *,
+    finite_difference: bool,
+    keep: bool,
+    autocast: torch.dtype | None,
+) -> tuple[MetaStep, ForwardPass]:
     names = trained_parameter_names(model, optimizer)
-    phi = [p for p in loss_network.parameters() if p.requires_grad]
     parameters = optimizer_parameters(optimizer)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = [parameter.detach().clone() for parameter in parameters]
-    random_before = _random_state(model)
+    inputs, targets = training.batch
+    prediction = training.prediction.detach()
 
-    inputs, targets = batch
-    versions = [parameter._version for parameter in parameters]
-    prediction = _forward(model, {}, inputs, autocast)
-    if [parameter._version for parameter in parameters] != versions:
-        raise RuntimeError("the model changes its parameters in place in its forward pass; do that between the steps")
-    output = prediction.detach().requires_grad_(True)
-    learned_loss = loss_network(output, targets)
-    _check_early(learned_loss, model, buffers)
-    (output_gradient,) = torch.autograd.grad(learned_loss, output, create_graph=True)
-    gradients = _gradients(prediction, parameters, grad_outputs=output_gradient.detach())
+    derivative = _OutputDerivative(loss_network, prediction, targets)
+    _check_early(derivative.loss, model, training.buffers)
+    gradients = _gradients(training.prediction, parameters, grad_outputs=derivative.value)
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    random_after = _random_state(model)
-
     pullback = update_pullback(optimizer, gradients)
     _apply(optimizer, parameters, gradients)
+    del gradients
 
-    meta_inputs, meta_targets = meta_batch
-    meta_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    meta_loss = task_loss(_forward(model, meta_buffers, meta_inputs, autocast), meta_targets)
+    meta = _meta_pass(model, meta_batch, autocast)
+    meta_loss = task_loss(meta.prediction, meta_batch[1])
     moved = [parameters[i] for i in reached]
-    raw = torch.autograd.grad(meta_loss, moved, allow_unused=True)
-    v = [torch.zeros_like(p) if d is None else d for p, d in zip(moved, raw, strict=True)]
+    v = torch.autograd.grad(meta_loss, moved, retain_graph=keep, allow_unused=True, materialize_grads=True)
     w = pullback(v)
+    del v
 
-    state = {**buffers, **{names[i]: before[i] for i in range(len(before)) if i not in set(reached)}}
     tangents = {names[i]: (before[i], direction) for i, direction in zip(reached, w, strict=True)}
-    random_before()
-    tangent = _output_tangent(model, state, tangents, inputs, autocast)
-    random_after()
-
-    if tangent is None:
-        meta_gradient = [torch.zeros_like(p) for p in phi]
+    unreached = {names[i]: before[i] for i in set(range(len(before))) - set(reached)}
+    state = {**training.buffers, **unreached}
+    training.random.restore()
+    tangent: Tensor | None
+    if finite_difference:
+        tangent = finite_difference_tangent(model, state, tangents, inputs, autocast, prediction)
     else:
-        found = torch.autograd.grad(output_gradient, phi, tangent.to(output_gradient.dtype), allow_unused=True)
-        meta_gradient = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, found, strict=True)]
-    return MetaStep(meta_gradient, learned_loss.detach(), meta_loss.detach(), prediction.detach(), tangent)
+        tangent = output_tangent(model, state, tangents, inputs, autocast)
+    training.new_random.restore()
+
+    meta_gradient = derivative.gradient_along(torch.zeros_like(prediction) if tangent is None else tangent)
+    result = MetaStep(meta_gradient, derivative.loss, meta_loss.detach(), prediction, tangent)
+    return result, meta
+
+
+class _OutputDerivative:
+    """∂M_φ/∂f of a batch, and equation (3): in closed form where that is known, else by double backward."""
+
+    def __init__(self, loss_network: nn.Module, prediction: Tensor, target: Tensor):
+        self.network, self.prediction, self.target = loss_network, prediction, target
+        self.closed = type(loss_network) is LossNetwork and layers_of(loss_network.network) is not None
+        output = prediction.detach().requires_grad_(True)
+        loss = loss_network(output, target)
+        check_scalar(loss)
+        (self.graph,) = torch.autograd.grad(loss, output, create_graph=not self.closed)
+        self.loss, self.value = loss.detach(), self.graph.detach()
+
+    def gradient_along(self, tangent: Tensor) -> list[Tensor]:
+        """∇_φ ⟨∂M_φ/∂f, u⟩, one tensor per parameter that requires a gradient."""
+        parameters = list(self.network.parameters())
+        if self.closed and isinstance(self.network, LossNetwork):
+            found = mixed_derivative(self.network, self.prediction, self.target, tangent)
+            return [gradient for p, gradient in zip(parameters, found, strict=True) if p.requires_grad]
+        phi = [p for p in parameters if p.requires_grad]
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        return list(torch.autograd.grad(self.graph, phi, tangent.to(self.graph.dtype), **options))
 
 
 def unrolled_step(
@@ -151,23 +232,23 @@ def unrolled_step(
     state = None
     first: list[Tensor] = []
     for inputs, targets in batches:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        prediction = _forward(model, dict(zip(names, theta, strict=True)), inputs, autocast)
+        buffers = _clones(model)
+        prediction = forward(model, dict(zip(names, theta, strict=True)), inputs, autocast)
         learned_loss = loss_network(prediction, targets)
-        _check_early(learned_loss, model, buffers)
+        check_scalar(learned_loss)
+        _check_early(learned_loss.detach(), model, buffers)
         gradients = _gradients(learned_loss, theta, create_graph=True)
         theta, state = functional_update(optimizer, theta, gradients, state)
         _apply(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
         first = first or [learned_loss.detach(), prediction.detach()]
-    random_after = _random_state(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    random_after = RandomState(model)
+    buffers = _clones(model)
     meta_inputs, meta_targets = meta_batch
     replaced = {**dict(zip(names, theta, strict=True)), **buffers}
-    meta_loss = task_loss(_forward(model, replaced, meta_inputs, autocast), meta_targets)
-    random_after()
-    found = torch.autograd.grad(meta_loss, phi, allow_unused=True)
-    meta_gradient = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, found, strict=True)]
-    return MetaStep(meta_gradient, first[0], meta_loss.detach(), first[1], None)
+    meta_loss = task_loss(forward(model, replaced, meta_inputs, autocast), meta_targets)
+    random_after.restore()
+    meta_gradient = torch.autograd.grad(meta_loss, phi, allow_unused=True, materialize_grads=True)
+    return MetaStep(list(meta_gradient), first[0], meta_loss.detach(), first[1], None)
 
 
 def plain_step(
@@ -175,7 +256,7 @@ def plain_step(
 ) -> Tensor:
     """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step."""
     optimizer.zero_grad()
-    value = loss(_forward(model, {}, batch[0], autocast), batch[1])
+    value = loss(forward(model, {}, batch[0], autocast), batch[1])
     check_scalar(value)
     value.backward()
     optimizer.step()
@@ -211,56 +292,72 @@ def _apply(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequen
         parameter.grad = None
 
 
-def _forward(model: nn.Module, replaced: dict[str, Tensor], inputs: Tensor, autocast: torch.dtype | None) -> Tensor:
-    """f(x) with some parameters or buffers replaced; in-place changes to replaced buffers are discarded with them."""
-    if autocast is None:
-        return check_output(functional_call(model, replaced, (inputs,)))
-    device_type = next(model.parameters()).device.type
-    with torch.autocast(device_type, dtype=autocast, cache_enabled=False):
-        return check_output(functional_call(model, replaced, (inputs,))).float()
-
-
 def _check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Before θ moves: raise, with the buffers as they were, if the loss is no finite scalar.
+    """Before θ moves: raise, with the buffers as they were, if the loss is not finite.
 
     A GPU would have to be waited for; there a loss that is not finite is seen after the step, by ``OnlineLoss``.
     """
-    check_scalar(learned_loss)
     if learned_loss.device.type == "cpu" and not torch.isfinite(learned_loss):
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        check_finite({"learned loss": learned_loss.detach()}, model)
+        check_finite({"learned loss": learned_loss}, model)
 
 
-def _output_tangent(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    tangents: dict[str, tuple[Tensor, Tensor]],
-    inputs: Tensor,
-    autocast: torch.dtype | None,
-) -> Tensor | None:
-    """u = J_f w at the parameters in ``tangents``; None if the output does not depend on them."""
-    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
-        duals = {name: forward_ad.make_dual(primal, tangent) for name, (primal, tangent) in tangents.items()}
-        try:
-            output = _forward(model, {**state, **duals}, inputs, autocast)
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"this model uses an operation without a forward-mode derivative ({error}); use engine='unrolled'"
-            ) from error
-        return forward_ad.unpack_dual(output).tangent
+def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> ForwardPass:
+    """f(x) as in plain training: buffers and random state move on."""
+    random, buffers = RandomState(model), _clones(model)
+    versions = [parameter._version for parameter in model.parameters()]
+    prediction = forward(model, {}, batch[0], autocast)
+    if [parameter._version for parameter in model.parameters()] != versions:
+        raise RuntimeError("the model changes its parameters in place in its forward pass; do that between the steps")
+    return ForwardPass(batch, prediction, buffers, {}, random, RandomState(model), [])
 
 
-def _random_state(model: nn.Module) -> Callable[[], None]:
-    """Remember the random state of the CPU and of the model's GPU; calling the result brings it back."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    cpu = torch.get_rng_state()
-    cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> ForwardPass:
+    """f(x) on copies of the buffers; the caller restores the random state."""
+    random, buffers, new_buffers = RandomState(model), _clones(model), _clones(model)
+    prediction = forward(model, new_buffers, batch[0], autocast)
+    return ForwardPass(batch, prediction, buffers, new_buffers, random, RandomState(model), _versions(model, batch))
 
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        for device, state in cuda:
+
+def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
+    """Let a meta pass count as the training pass: the model's buffers and the random state move on as it left them."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept.new_buffers[name])
+    if RandomState(model) == kept.random:  # else random numbers were drawn since; do not draw them again
+        kept.new_random.restore()
+        return kept
+    return replace(kept, new_random=RandomState(model))
+
+
+def _clones(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _versions(model: nn.Module, batch: Batch) -> list[Any]:
+    """Changes whenever a tensor that a pass depends on is changed in place, or a module its mode."""
+    tensors = [*batch, *model.parameters(), *model.buffers()]
+    return [[(t.data_ptr(), t._version) for t in tensors], [module.training for module in model.modules()]]
+
+
+class RandomState:
+    """The random state of the CPU and of the model's GPU, to come back to."""
+
+    def __init__(self, model: nn.Module):
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        self.cpu = torch.get_rng_state()
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """Bring it back."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
 
-    return restore
+    def __eq__(self, other: object) -> bool:
+        """Whether the next random numbers would be the same."""
+        if not isinstance(other, RandomState) or self.cuda.keys() != other.cuda.keys():
+            return False
+        pairs = [(self.cpu, other.cpu), *((self.cuda[device], other.cuda[device]) for device in self.cuda)]
+        return all(torch.equal(ours, theirs) for ours, theirs in pairs)

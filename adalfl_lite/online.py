@@ -10,10 +10,18 @@ from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_batch, check_finite, check_values
 from adalfl_lite.losses import Loss, task_loss
-from adalfl_lite.metagradient import Batch, MetaStep, forward_mode_step, trained_parameter_names, unrolled_step
+from adalfl_lite.metagradient import (
+    Batch,
+    ForwardPass,
+    MetaStep,
+    forward_mode_step,
+    shared_forward_step,
+    trained_parameter_names,
+    unrolled_step,
+)
 from adalfl_lite.updates import optimizer_parameters
 
-ENGINES = ("forward", "unrolled")
+ENGINES = ("forward", "shared", "finite-difference", "unrolled")
 
 META_LEARNING_RATE = 1e-5
 
@@ -33,7 +41,8 @@ class OnlineLoss:
         meta_learning_rate: η of the default meta-optimizer; 0 freezes φ. Ignored when ``meta_optimizer`` is given.
         task_loss: L_T(prediction, target); by default the one of ``loss_network.kind``.
         clip_meta_gradient: scale ∇_φ L_T down to this norm where it is longer; None, the default, leaves it.
-        engine: "forward" (exact, fast) or "unrolled" (reference), see :mod:`adalfl_lite.metagradient`.
+        engine: "forward" (exact, fast), "shared" (the same, faster where the meta batch is the next training batch),
+            "finite-difference" (approximate, faster) or "unrolled" (reference), see :mod:`adalfl_lite.metagradient`.
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
 
     Raises:
@@ -66,9 +75,14 @@ class OnlineLoss:
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
         self.task_loss = task_loss or default_task_loss(loss_network)
         self.clip_meta_gradient, self.engine, self.autocast = clip_meta_gradient, engine, autocast
+        self._kept: ForwardPass | None = None
 
     def step(self, batch: Batch, meta_batch: Batch) -> MetaStep:
         """One update of θ on ``batch``, then one of φ on ``meta_batch``; each is (inputs, targets).
+
+        With ``engine="shared"``, let ``meta_batch`` be the next training batch, and hand the same two tensors to the
+        next call as its ``batch``: their forward pass is then run once instead of twice. Any other batch is right too,
+        but saves nothing.
 
         Raises:
             FloatingPointError: the learned loss, the task loss or the meta-gradient is not finite. φ is left unchanged,
@@ -96,7 +110,20 @@ class OnlineLoss:
         arguments = (self.model, self.loss_network, self.optimizer)
         if self.engine == "unrolled" or len(batches) != 1:
             return unrolled_step(*arguments, batches, meta_batch, self.task_loss, autocast=self.autocast)
-        return forward_mode_step(*arguments, batches[0], meta_batch, self.task_loss, autocast=self.autocast)
+        if self.engine == "shared":
+            kept, self._kept = self._kept, None  # not to be used twice, should this step fail
+            result, self._kept = shared_forward_step(
+                *arguments, batches[0], meta_batch, self.task_loss, kept, autocast=self.autocast
+            )
+            return result
+        return forward_mode_step(
+            *arguments,
+            batches[0],
+            meta_batch,
+            self.task_loss,
+            finite_difference=self.engine == "finite-difference",
+            autocast=self.autocast,
+        )
 
     def apply_meta_gradient(self, result: MetaStep) -> None:
         """One step of the meta-optimizer with ``result.meta_gradient``, checked to be finite, and clipped if so wished.

@@ -24,7 +24,7 @@ from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import atomic_save, check_writable, load_payload
 from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, OnlineLearningRate
 from adalfl_lite.losses import Loss, task_error, task_loss
-from adalfl_lite.metagradient import plain_step
+from adalfl_lite.metagradient import Batch, plain_step
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
 
 FORMAT = "adalfl-checkpoint-1"
@@ -75,7 +75,8 @@ def fit(
         learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
         meta_learning_rate, meta_optimizer, clip_meta_gradient, engine: see :class:`~adalfl_lite.online.OnlineLoss` and
             :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has the first two.
-        meta_batches: "valid", or "train" to adapt on training rows alone (the text allows both).
+        meta_batches: "valid"; "train" to adapt on training rows alone (the text allows both); or "next", where the meta
+            batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a forward pass.
         scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
             schedule of another run, :func:`~adalfl_lite.learning_rate.replay`.
         seed: seeds the order of the batches; seed torch yourself before drawing ``model``.
@@ -106,8 +107,10 @@ def fit(
     check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
     if on_divergence not in POLICIES:
         raise ValueError(f"on_divergence must be one of {', '.join(POLICIES)}; got {on_divergence!r}")
-    if meta_batches not in ("valid", "train"):
-        raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
+    if meta_batches not in ("valid", "train", "next"):
+        raise ValueError(f"meta_batches must be 'valid', 'train' or 'next', got {meta_batches!r}")
+    if engine == "shared" and meta_batches != "next":
+        raise ValueError(f"engine='shared' needs meta_batches='next', got {meta_batches!r}")
     if learn not in ("loss", "learning_rate"):
         raise ValueError(f"learn must be 'loss' or 'learning_rate', got {learn!r}")
     if online and learn == "learning_rate" and scheduler is not None:
@@ -126,10 +129,15 @@ def fit(
         check_writable(checkpoint)
     if isinstance(loss, nn.Module):
         loss.to(device)
-    train, meta = data.train.to(device), getattr(data, meta_batches).to(device)
+    train = data.train.to(device)
+    meta = data.valid.to(device) if meta_batches == "valid" else train
     held_out = {"valid": data.valid.to(device), "test": data.test.to(device)}
     batches = BatchSampler(len(train), batch_size, seed)
-    metas = BatchSampler(len(meta), min(batch_size, len(meta)), seed + 1)
+    if meta_batches == "next":
+        metas = BatchSampler(len(train), batch_size, seed)
+        next(metas)  # one batch ahead
+    else:
+        metas = BatchSampler(len(meta), min(batch_size, len(meta)), seed + 1)
 
     if meta_learning_rate is None:
         meta_learning_rate = META_LEARNING_RATE if learn == "loss" else ONLINE_META_LEARNING_RATE
@@ -202,13 +210,16 @@ def fit(
     undone = 0
     clock = time.perf_counter()
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, desc="fit")
+    meta_batch: Batch | None = None
     for step in bar:
+        rows = next(batches)
+        batch = train[rows] if meta_batches != "next" or meta_batch is None else meta_batch
         if on_divergence == "skip":
             good = _states(learned)
-        batch = train[next(batches)]
         try:
             if learner:
-                result = learner.step(batch, meta[next(metas)])
+                meta_batch = meta[next(metas)]
+                result = learner.step(batch, meta_batch)
                 losses.append(result.learned_loss)
                 meta_losses.append(result.task_loss)
             else:

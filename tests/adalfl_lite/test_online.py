@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,90 @@ def test_adapting_the_loss_lowers_the_task_loss_after_the_step():
     assert not torch.equal(flat(phi), flat(network))
 
 
+# The other engines -------------------------------------------------------------------------------------------------
+
+
+def run(engine, between=lambda model: None, twins=False, dropout=0.2):
+    """Seven steps whose meta batch is the next training batch, with something done between them.
+
+    Returns θ, buffers and φ; the steps' results; how often the model was called; and the random state.
+    """
+    model, network, batches = problem(dtype=torch.float64)
+    model[3].p = dropout
+    online = learner(model, network, meta_learning_rate=1e-2, engine=engine)
+    calls, results = [], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(5)
+    for batch, next_batch in zip(batches[:7], batches[1:], strict=True):
+        results.append(online.step([t.clone() for t in batch] if twins else batch, next_batch))
+        between(model)
+    return torch.cat([flat(model), flat(network)]), results, len(calls), torch.get_rng_state()
+
+
+def evaluate(model):
+    model.eval()(torch.zeros(1, 5, dtype=torch.float64))
+    model.train()
+
+
+def change(model):
+    with torch.no_grad():
+        model[0].bias.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({}, 6),
+        ({"between": evaluate}, 6),
+        ({"between": lambda model: torch.rand(3), "dropout": 0.0}, 6),
+        ({"between": change}, 0),
+        ({"between": lambda model: model[3].train(not model[3].training)}, 0),
+        ({"twins": True}, 0),  # equal batches, but not the same tensors
+    ],
+    ids=["plain", "evaluated", "random numbers drawn", "parameters changed", "mode changed", "other tensors"],
+)
+def test_shared_is_forward_with_the_next_batch_as_meta_batch(options, saved):
+    """With BatchNorm, dropout, momentum; what cannot be shared is run again."""
+    state, results, calls, random = run("shared", **options)
+    expected, expected_results, expected_calls, expected_random = run("forward", **options)
+    torch.testing.assert_close(state, expected, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(results, expected_results, strict=True):
+        torch.testing.assert_close(ours.meta_gradient, theirs.meta_gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.learned_loss, theirs.learned_loss)
+        torch.testing.assert_close(ours.task_loss, theirs.task_loss)
+    assert expected_calls - calls == saved
+    assert torch.equal(random, expected_random)
+
+
+def test_random_numbers_drawn_between_shared_steps_are_not_drawn_again():
+    def drawn():
+        numbers = []
+        run("shared", between=lambda model: numbers.append(torch.rand(()).item()))
+        return numbers
+
+    assert len(set(drawn())) == 7
+
+
+def test_a_shared_step_that_fails_is_forgotten():
+    model, network, batches = problem()
+    online = learner(model, network, engine="shared")
+    online.step(batches[0], batches[1])
+    with pytest.raises(FloatingPointError):
+        online.apply_meta_gradient(
+            replace(online.meta_gradient(batches[1:2], batches[2]), task_loss=torch.tensor(math.nan))
+        )
+    online.step(batches[2], batches[3])
+    assert torch.isfinite(flat(model)).all()
+
+
+def test_finite_differences_are_near_the_exact_engine():
+    """Close, not equal: θ' is exact, and the meta-gradient off by a little."""
+    results = run("finite-difference", dropout=0.2)[1], run("forward", dropout=0.2)[1]
+    first, exact = (torch.cat([g.flatten() for g in result[0].meta_gradient]) for result in results)
+    assert 0 < (first - exact).norm() < 1e-3 * exact.norm()
+    assert torch.equal(results[0][0].task_loss, results[1][0].task_loss)
+
+
 # The meta-optimizer ------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +332,9 @@ def test_a_state_dict_continues_bit_for_bit_and_loads_with_weights_only():
 
 def test_what_cannot_work_is_refused_before_the_first_step():
     model, network, _ = problem()
-    with pytest.raises(ValueError, match="engine must be one of forward, unrolled; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="engine must be one of forward, shared, finite-difference, unrolled; got 'fast'"
+    ):
         learner(model, network, engine="fast")
     for rate in (-1.0, math.nan):
         with pytest.raises(ValueError, match=f"meta_learning_rate must be 0 or more, got {rate}"):

@@ -17,6 +17,7 @@ from torch import nn
 
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.losses import LossNetwork, task_loss
+from adalfl_lite.online import OnlineLoss
 from adalfl_lite.training import evaluate, fit
 
 COLUMNS = ["step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "test_loss"]
@@ -140,6 +141,24 @@ def test_online_with_meta_batches_from_train_never_looks_at_valid():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_the_next_training_batch_as_meta_batch_is_a_loop_over_pairs_and_may_share_its_pass():
+    model, network, optimizer = make_parts()
+    online = OnlineLoss(model, network, optimizer, meta_learning_rate=1e-3)
+    data, sampler = make_data(), BatchSampler(90, 16, seed=3)
+    torch.manual_seed(7)
+    model.train()
+    batches = [data.train[next(sampler)] for _ in range(41)]
+    for batch, next_batch in zip(batches, batches[1:], strict=False):
+        online.step(batch, next_batch)
+    options = {**OPTIONS, "online": True, "meta_learning_rate": 1e-3, "meta_batches": "next"}
+    for engine in ("forward", "shared"):
+        other, other_network, other_optimizer = make_parts()
+        torch.manual_seed(7)
+        fit(other, other_network, data, optimizer=other_optimizer, engine=engine, **options)
+        torch.testing.assert_close(flat(other), flat(model), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(flat(other_network), flat(network), rtol=1e-5, atol=1e-6)
+
+
 def test_a_meta_optimizer_of_the_users_is_used():
     model, network, optimizer = make_parts()
     meta_optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
@@ -225,9 +244,10 @@ def test_killed_midway_and_run_again_it_ends_bit_for_bit_where_it_would_have(tmp
     assert history.seconds.is_monotonic_increasing
 
 
-def test_a_run_cut_short_by_an_exception_resumes_and_a_finished_one_is_returned(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"engine": "shared", "meta_batches": "next"}], ids=["forward", "shared"])
+def test_a_run_cut_short_by_an_exception_resumes_and_a_finished_one_is_returned(options, tmp_path):
     """The same within one process, and from a checkpoint at every evaluation."""
-    whole, whole_model, whole_network = train_online()
+    whole, whole_model, whole_network = train_online(**options)
 
     def stop_at(last):
         def stop(step, model, loss):
@@ -239,11 +259,11 @@ def test_a_run_cut_short_by_an_exception_resumes_and_a_finished_one_is_returned(
     path = tmp_path / "run.checkpoint"
     for last in (0, 8, 24, 40):
         with pytest.raises(KeyboardInterrupt):
-            train_online(path, callback=stop_at(last))
-    history, model, network = train_online(path)
+            train_online(path, callback=stop_at(last), **options)
+    history, model, network = train_online(path, **options)
     same_history(history, whole)
     assert torch.equal(flat(model), flat(whole_model)) and torch.equal(flat(network), flat(whole_network))
-    again, model, _ = train_online(path)
+    again, model, _ = train_online(path, **options)
     pd.testing.assert_frame_equal(again, history, check_exact=True)
     assert torch.equal(flat(model), flat(whole_model))
 
@@ -326,7 +346,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 91}, "batch_size=91 must be between 1 and the number of rows, n=90"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"meta_batches": "test"}, "meta_batches must be 'valid' or 'train', got 'test'"),
+        ({"meta_batches": "test"}, "meta_batches must be 'valid', 'train' or 'next', got 'test'"),
+        ({"online": True, "engine": "shared"}, "engine='shared' needs meta_batches='next', got 'valid'"),
         ({"online": True, "engine": "fast"}, "engine must be one of"),
         ({"online": True, "meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more"),
         ({"device": "meta"}, r"the model is on cpu, not on meta; move it with model.to\('meta'\) before building"),

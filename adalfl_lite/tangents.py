@@ -1,0 +1,128 @@
+"""u = J_f(θ) w: how the model's output on a batch moves when its parameters move along w.
+
+:func:`output_tangent` is exact: forward-mode differentiation, dual numbers carried through the model, no graph. A layer
+computes its output again and two products more, so the pass costs about three forward passes.
+:func:`finite_difference_tangent` is approximate: one more forward pass, at θ + εw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from adalfl_lite.checks import check_output
+
+Tangents = Mapping[str, tuple[Tensor, Tensor]]
+"""Parameter name -> (θ, w)."""
+
+
+def forward(model: nn.Module, replaced: dict[str, Tensor], inputs: Tensor, autocast: torch.dtype | None) -> Tensor:
+    """f(x) with some parameters or buffers replaced; in-place changes to replaced buffers are discarded with them."""
+    if autocast is None:
+        return check_output(functional_call(model, replaced, (inputs,)) if replaced else model(inputs))
+    device_type = next(model.parameters()).device.type
+    with torch.autocast(device_type, dtype=autocast, cache_enabled=False):
+        return check_output(functional_call(model, replaced, (inputs,))).float()
+
+
+def output_tangent(
+    model: nn.Module, state: dict[str, Tensor], tangents: Tangents, inputs: Tensor, autocast: torch.dtype | None
+) -> Tensor | None:
+    """u = J_f(θ) w, (B, C), by forward-mode differentiation; None if the output does not depend on θ.
+
+    Args:
+        model: f.
+        state: values for the other parameters and for the buffers; the model's own are left alone.
+        tangents: θ and w.
+        inputs: x.
+        autocast: dtype for the pass.
+
+    Raises:
+        NotImplementedError: an operation of the model has no forward-mode derivative.
+    """
+    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
+        duals = {name: forward_ad.make_dual(theta, w) for name, (theta, w) in tangents.items()}
+        try:
+            with _BatchNormTangent():
+                output = forward(model, {**state, **duals}, inputs, autocast)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"this model uses an operation without a forward-mode derivative ({error}); use engine='unrolled'"
+            ) from error
+        return forward_ad.unpack_dual(output).tangent
+
+
+@torch.no_grad()
+def finite_difference_tangent(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    tangents: Tangents,
+    inputs: Tensor,
+    autocast: torch.dtype | None,
+    prediction: Tensor,
+) -> Tensor:
+    """u ≈ (f(θ + εw) − f(θ)) / ε, (B, C), with f(θ) given as ``prediction``; arguments as above.
+
+    The step ε = √δ (1 + ‖θ‖) / ‖w‖ balances rounding against curvature, δ being the machine precision of the pass.
+    """
+    theta, w = (torch._foreach_norm([pair[i] for pair in tangents.values()]) for i in (0, 1))
+    length = torch.stack(w).norm()
+    if length == 0:
+        return torch.zeros_like(prediction)
+    precision = torch.finfo(autocast or prediction.dtype).eps
+    epsilon = precision**0.5 * (1 + torch.stack(theta).norm()) / length
+    moved = {name: theta + epsilon * w for name, (theta, w) in tangents.items()}
+    return (forward(model, {**state, **moved}, inputs, autocast) - prediction) / epsilon
+
+
+class _BatchNormTangent(TorchFunctionMode):
+    """Gives F.batch_norm in train mode a tangent that costs a fraction of the composite one torch derives.
+
+    With x̂ the normalised input and r = 1/√(variance + ε), the derivative of x̂ along ẋ is
+    r (ẋ − mean ẋ − x̂ · mean(x̂ ẋ)): a symmetric map, so the backward kernel computes it. The tangent of γx̂ + β adds
+    γ̇x̂ + β̇.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(x)
+    if not training or tangent is None or not x.dtype == tangent.dtype == (x if weight is None else weight).dtype:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    gain, gain_tangent = (None, None) if weight is None else forward_ad.unpack_dual(weight)
+    shift, shift_tangent = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    output, mean, scale = torch.native_batch_norm(
+        primal, gain, shift, running_mean, running_var, training, momentum, eps
+    )
+    moved, _, _ = torch.ops.aten.native_batch_norm_backward(
+        tangent, primal, gain, None, None, mean, scale, training, eps, [True, False, False]
+    )
+    per_channel = [1, -1] + [1] * (x.ndim - 2)
+    if gain_tangent is not None:
+        slope = gain_tangent * scale
+        moved.addcmul_(primal, slope.view(per_channel)).sub_((slope * mean).view(per_channel))
+    if shift_tangent is not None:
+        moved.add_(shift_tangent.view(per_channel))
+    return forward_ad.make_dual(output, moved)

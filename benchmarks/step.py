@@ -1,0 +1,285 @@
+"""What a meta step costs, beside a plain step and beside other libraries: python benchmarks/step.py
+
+Every engine makes the same step: θ by SGD with Nesterov momentum under the learned loss, then φ by Adam under the
+cross-entropy of a meta batch at the new θ. A plain step is one of the same SGD with the cross-entropy itself.
+
+- Time. In each round every engine makes one step, in random order; its ratio is to the plain step of the same round.
+  Ratios are of the process's CPU time on one thread, which other processes disturb little; wall-clock ratios stand
+  beside them. Given are the median over the rounds and the quartiles.
+- Memory. Each engine runs in a process of its own: the peak resident memory of three steps, less the peak of that
+  process after the same engine has stepped a tiny model. So libraries do not count; the model, its optimizer's state
+  and all that a step allocates do.
+- Agreement. The relative difference of each engine's first meta-gradient from the exact one, on models of its own.
+
+The peers need ``pip install 'adalfl-lite[bench]'``; ones that are not installed are left out. Writes results/step.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from adalfl_lite import LossNetwork, OnlineLoss, build_model
+from adalfl_lite.experiments import provenance
+from adalfl_lite.files import atomic_path
+from adalfl_lite.metagradient import plain_step
+
+INPUTS = {
+    "mlp64": (64,),
+    "lenet5": (1, 28, 28),
+    "allcnn_c": (3, 32, 32),
+    "resnet18": (3, 32, 32),
+    "wrn16_8": (3, 32, 32),
+}
+ROUNDS = {"mlp64": 200, "lenet5": 60, "allcnn_c": 7, "resnet18": 5, "wrn16_8": 3}
+OUTPUTS = 10
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+
+Step = Callable[[], list[Tensor] | None]
+"""One step; returns the meta-gradient it took, None if it has none."""
+
+
+class Setting:
+    """A model, a loss network and batches, the same for every engine."""
+
+    def __init__(self, name: str, batch_size: int):
+        torch.manual_seed(0)
+        shape = INPUTS[name]
+        self.model = build_model(name, input_shape=shape, outputs=OUTPUTS)
+        self.network = LossNetwork.classification()
+        batches = [(torch.randn(batch_size, *shape), torch.randint(OUTPUTS, (batch_size,))) for _ in range(2)]
+        self.batch, self.meta_batch = batches
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
+        self.meta_optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-5)
+        self.phi = list(self.network.parameters())
+
+    def update_phi(self, gradients: list[Tensor]) -> list[Tensor]:
+        """One step of the meta-optimizer, for the engines that leave it to their user."""
+        for parameter, gradient in zip(self.phi, gradients, strict=True):
+            parameter.grad = gradient
+        self.meta_optimizer.step()
+        return gradients
+
+
+# The engines: Setting -> Step ---------------------------------------------------------------------------------------
+
+
+def plain(s: Setting) -> Step:
+    """Cross-entropy, by torch.optim."""
+
+    def step() -> None:
+        plain_step(s.model, F.cross_entropy, s.optimizer, s.batch)
+
+    return step
+
+
+def ours(engine: str) -> Callable[[Setting], Step]:
+    """One of the engines of OnlineLoss."""
+
+    def build(s: Setting) -> Step:
+        online = OnlineLoss(s.model, s.network, s.optimizer, meta_optimizer=s.meta_optimizer, engine=engine)
+
+        def step() -> list[Tensor]:
+            batch, meta_batch = s.batch, s.meta_batch
+            if engine == "shared":  # a stream, in which each meta batch is the next training batch
+                s.batch, s.meta_batch = meta_batch, batch
+            return online.step(batch, meta_batch).meta_gradient
+
+        return step
+
+    return build
+
+
+def functional(s: Setting) -> Step:
+    """Double backward written out with torch.func: what one would write without a library."""
+    names = [name for name, _ in s.model.named_parameters()]
+    parameters = list(s.model.parameters())
+    momenta = [torch.zeros_like(p) for p in parameters]
+
+    def step() -> list[Tensor]:
+        loss = s.network(functional_call(s.model, dict(zip(names, parameters, strict=True)), s.batch[0]), s.batch[1])
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        moved, new = [], []
+        for p, g, m in zip(parameters, gradients, momenta, strict=True):
+            g = g + SGD["weight_decay"] * p
+            m = SGD["momentum"] * m + g
+            moved.append(p - SGD["lr"] * (g + SGD["momentum"] * m))
+            new.append(m.detach())
+        prediction = functional_call(s.model, dict(zip(names, moved, strict=True)), s.meta_batch[0])
+        meta_gradient = list(torch.autograd.grad(F.cross_entropy(prediction, s.meta_batch[1]), s.phi))
+        with torch.no_grad():
+            for p, q in zip(parameters, moved, strict=True):
+                p.copy_(q)
+        momenta[:] = new
+        return s.update_phi(meta_gradient)
+
+    return step
+
+
+def by_higher(s: Setting) -> Step:
+    """higher, as its examples use it; what it returns is written back into the model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import higher
+
+    def step() -> list[Tensor]:
+        with higher.innerloop_ctx(s.model, s.optimizer, copy_initial_weights=False) as (functional_model, optimizer):
+            optimizer.step(s.network(functional_model(s.batch[0]), s.batch[1]))
+            loss = F.cross_entropy(functional_model(s.meta_batch[0]), s.meta_batch[1])
+            meta_gradient = list(torch.autograd.grad(loss, s.phi))
+            with torch.no_grad():
+                for p, q in zip(s.model.parameters(), functional_model.parameters(), strict=True):
+                    p.copy_(q)
+        return s.update_phi(meta_gradient)
+
+    return step
+
+
+def by_torchopt(s: Setting) -> Step:
+    """torchopt's MetaSGD, as its examples use it; the graph is cut after each step."""
+    import torchopt
+
+    optimizer = torchopt.MetaSGD(s.model, **SGD)
+
+    def step() -> list[Tensor]:
+        optimizer.step(s.network(s.model(s.batch[0]), s.batch[1]))
+        loss = F.cross_entropy(s.model(s.meta_batch[0]), s.meta_batch[1])
+        meta_gradient = list(torch.autograd.grad(loss, s.phi))
+        torchopt.stop_gradient(s.model)
+        torchopt.stop_gradient(optimizer)
+        return s.update_phi(meta_gradient)
+
+    return step
+
+
+OURS = {engine: ours(engine) for engine in ("forward", "shared", "finite-difference", "unrolled")}
+PEERS = {"functional": functional, "higher": by_higher, "torchopt": by_torchopt}
+ENGINES: dict[str, Callable[[Setting], Step]] = {"plain": plain, **OURS, **PEERS}
+
+
+def installed() -> list[str]:
+    """The engines that can run here."""
+    missing = set()
+    for name in ("higher", "torchopt"):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.add(name)
+    return [name for name in ENGINES if name not in missing]
+
+
+# Measurements -------------------------------------------------------------------------------------------------------
+
+
+def time_ratios(name: str, engines: list[str], batch_size: int, rounds: int) -> pd.DataFrame:
+    """One row per engine: its seconds, and the ratios to the plain step of the same round."""
+    steps = {engine: ENGINES[engine](Setting(name, batch_size)) for engine in engines}
+    for step in steps.values():
+        step()  # allocates, chooses kernels, fills the optimizers' states
+    seconds: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for engine in order.sample(engines, len(engines)):
+            cpu, wall = time.process_time(), time.perf_counter()
+            steps[engine]()
+            seconds[engine].append((time.process_time() - cpu, time.perf_counter() - wall))
+    cpu, wall = (pd.DataFrame({engine: [pair[i] for pair in seconds[engine]] for engine in engines}) for i in (0, 1))
+    ratios, wall_ratios = cpu.div(cpu["plain"], axis=0), wall.div(wall["plain"], axis=0)
+    columns = {
+        "cpu_seconds": cpu.median(),
+        "time_ratio": ratios.median(),
+        "time_ratio_low": ratios.quantile(0.25),
+        "time_ratio_high": ratios.quantile(0.75),
+        "wall_ratio": wall_ratios.median(),
+        "rounds": rounds,
+    }
+    return pd.DataFrame(columns)
+
+
+def disagreement(name: str, engine: str) -> float | None:
+    """‖first meta-gradient − the exact one‖ / ‖the exact one‖ on a batch of 8; None for the plain step."""
+    found = ENGINES[engine](Setting(name, 8))()
+    if found is None:
+        return None
+    exact = ENGINES["unrolled"](Setting(name, 8))()
+    a, b = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, exact))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def peak_memory(name: str, engine: str, batch_size: int) -> float:
+    """Mebibytes, measured in a process of its own that gives back at once what is freed."""
+    command = [sys.executable, __file__, "--memory-of", name, engine, "--batch-size", str(batch_size)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{engine} on {name}: {result.stderr}")
+    return float(result.stdout.split()[-1])
+
+
+def own_peak_memory(name: str, engine: str, batch_size: int) -> float:
+    """What :func:`peak_memory` has the other process do."""
+    tiny = ENGINES[engine](Setting("lenet5", 2))
+    for _ in range(2):
+        tiny()
+    before = resident_peak()
+    step = ENGINES[engine](Setting(name, batch_size))
+    for _ in range(3):
+        step()
+    return (resident_peak() - before) / 2**20
+
+
+def resident_peak() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts the parent's peak into ru_maxrss
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(name: str, engines: list[str], batch_size: int, rounds: int) -> list[dict]:
+    """All three measurements of one model, one row per engine."""
+    memory = pd.Series({engine: peak_memory(name, engine, batch_size) for engine in engines})
+    table = time_ratios(name, engines, batch_size, rounds)
+    table["memory_mebibytes"] = memory
+    table["memory_ratio"] = memory / memory["plain"]
+    table["disagreement"] = [disagreement(name, engine) for engine in engines]
+    print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
+    return table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size).to_dict("records")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=INPUTS, default=["mlp64", "lenet5", "allcnn_c", "resnet18"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=installed())
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, help="by default more for small models")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory_of:
+        print(own_peak_memory(*options.memory_of, options.batch_size))
+        sys.exit()
+    engines = ["plain", *(engine for engine in options.engines if engine != "plain")]
+    rows = []
+    for model in options.models:
+        rows += measure(model, engines, options.batch_size, options.rounds or ROUNDS[model])
+    peers = {name: version(name) for name in ("higher", "torchopt") if name in engines}
+    result = {"command": "python benchmarks/step.py", "threads": 1, "peers": peers, **provenance(), "rows": rows}
+    options.output.parent.mkdir(exist_ok=True)
+    with atomic_path(options.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, default=float) + "\n")
