@@ -6,7 +6,7 @@ cross-entropy of a meta batch at the new θ. A plain step is one of the same SGD
 - Time. In each round every engine makes one step, in random order; its ratio is to the plain step of the same round.
   Ratios are of the process's CPU time on one thread, which other processes disturb little; wall-clock ratios stand
   beside them. Given are the median over the rounds and the quartiles.
-- Memory. Each engine runs in a process of its own: the peak resident memory of three steps, less the peak of that
+- Memory. Each engine runs in a process of its own: the peak resident memory of two steps, less the peak of that
   process after the same engine has stepped a tiny model. So libraries do not count; the model, its optimizer's state
   and all that a step allocates do.
 - Agreement. The relative difference of each engine's first meta-gradient from the exact one, on models of its own.
@@ -45,7 +45,7 @@ INPUTS = {
     "resnet18": (3, 32, 32),
     "wrn16_8": (3, 32, 32),
 }
-ROUNDS = {"mlp64": 200, "lenet5": 60, "allcnn_c": 7, "resnet18": 5, "wrn16_8": 3}
+ROUNDS = {"mlp64": 100, "lenet5": 40, "allcnn_c": 5, "resnet18": 3, "wrn16_8": 3}
 OUTPUTS = 10
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 
@@ -237,7 +237,7 @@ def own_peak_memory(name: str, engine: str, batch_size: int) -> float:
         tiny()
     before = resident_peak()
     step = ENGINES[engine](Setting(name, batch_size))
-    for _ in range(3):
+    for _ in range(2):
         step()
     return (resident_peak() - before) / 2**20
 
