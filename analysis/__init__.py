@@ -10,6 +10,7 @@
     calibration      ECE and kin, reliability, temperature
     attribution      what a prediction rests on, and how far two models agree about it
     statistics       intervals, tests and effect sizes over seeds
+    tables           a comparison of methods as Markdown, LaTeX or HTML
     plotting         one look for every figure
     recorder         any of these while training, or from checkpoints
 
@@ -110,6 +111,7 @@ from analysis.statistics import (
     probability_of_improvement,
     summarise,
 )
+from analysis.tables import comparison_table, render
 
 __all__ = [
     "Attribution",
@@ -137,6 +139,7 @@ __all__ = [
     "cohens_d",
     "compare_attributions",
     "compare_methods",
+    "comparison_table",
     "decompose",
     "effective_learning_rate",
     "effective_learning_rate_by_layer",
@@ -187,6 +190,7 @@ __all__ = [
     "random_directions",
     "relative_push",
     "reliability_table",
+    "render",
     "resting_point",
     "save_figure",
     "set_theme",
