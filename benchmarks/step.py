@@ -16,6 +16,7 @@ The peers need ``pip install 'adalfl-lite[bench]'``; ones that are not installed
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -252,13 +253,15 @@ def resident_peak() -> int:
 
 def measure(name: str, engines: list[str], batch_size: int, rounds: int) -> list[dict]:
     """All three measurements of one model, one row per engine."""
-    memory = pd.Series({engine: peak_memory(name, engine, batch_size) for engine in engines})
+    small = name in ("mlp64", "lenet5")
+    memory = pd.Series({engine: math.nan if small else peak_memory(name, engine, batch_size) for engine in engines})
     table = time_ratios(name, engines, batch_size, rounds)
     table["memory_mebibytes"] = memory
     table["memory_ratio"] = memory / memory["plain"]
     table["disagreement"] = [disagreement(name, engine) for engine in engines]
     print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
-    return table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size).to_dict("records")
+    table = table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size)
+    return json.loads(table.to_json(orient="records"))  # NaN becomes null
 
 
 if __name__ == "__main__":
@@ -275,11 +278,10 @@ if __name__ == "__main__":
         print(own_peak_memory(*options.memory_of, options.batch_size))
         sys.exit()
     engines = ["plain", *(engine for engine in options.engines if engine != "plain")]
-    rows = []
+    rows: list[dict] = []
+    peers = {name: version(name) for name in ("higher", "torchopt") if name in engines}
     for model in options.models:
         rows += measure(model, engines, options.batch_size, options.rounds or ROUNDS[model])
-    peers = {name: version(name) for name in ("higher", "torchopt") if name in engines}
-    result = {"command": "python benchmarks/step.py", "threads": 1, "peers": peers, **provenance(), "rows": rows}
-    options.output.parent.mkdir(exist_ok=True)
-    with atomic_path(options.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, default=float) + "\n")
+        result = {"command": "python benchmarks/step.py", "threads": 1, "peers": peers, **provenance(), "rows": rows}
+        with atomic_path(options.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
