@@ -16,7 +16,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from adalfl_lite.data import BUNDLED
-from adalfl_lite.experiments import MAIN_METHODS, METHODS, check_applies, compare, final_errors, run
+from adalfl_lite.experiments import (
+    MAIN_METHODS,
+    METHODS,
+    check_applies,
+    compare,
+    final_errors,
+    read_results,
+    run,
+    write_results,
+)
 from adalfl_lite.files import atomic_path
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.tasks import TASKS, Task, get_task
@@ -277,10 +286,7 @@ def _stored(path: Path) -> pd.DataFrame:
     """Read a table of results; end the program if the file is not one."""
     if not path.is_file():
         _fail(f"{path} does not exist; give the .parquet file that train or compare wrote")
-    frame = _checked(pd.read_parquet, path)
-    if missing := {"task", "method", "seed", "step", "test_error"} - set(frame.columns):
-        _fail(f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that train or compare wrote")
-    return frame
+    return _checked(read_results, path)
 
 
 def _checked(function: Any, *arguments: Any, **options: Any) -> Any:
@@ -314,8 +320,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        table.to_parquet(temporary, index=False)
+    write_results(table, path)
     Console().print(f"table:   {path}", highlight=False, markup=False, soft_wrap=True)
 
 

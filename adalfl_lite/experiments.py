@@ -195,7 +195,7 @@ def _run_methods(
     for method in methods:
         path = None if folder is None else Path(folder) / f"{task.name}--{method}--seed{seed}.parquet"
         if path is not None and path.exists():
-            stored = pd.read_parquet(path)
+            stored = read_results(path)
             if stored.step.max() != task.steps:
                 raise ValueError(f"{path} has {stored.step.max()} steps, not {task.steps}; use another folder")
             frames.append(stored)
@@ -206,8 +206,7 @@ def _run_methods(
             labels = {"task": task.name, "method": method, "seed": seed, "step": task.steps}
             result = pd.DataFrame([{**labels, "test_error": math.inf, "valid_error": math.inf, **provenance(device)}])
         if path is not None:
-            with atomic_path(path) as temporary:
-                result.to_parquet(temporary, index=False)
+            write_results(result, path)
         frames.append(result)
     return frames
 
@@ -420,6 +419,33 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
     if not scores:
         raise FloatingPointError(f"{task.name} diverged with every learning rate; lower the task's own")
     return min(scores, key=lambda score: score[:2])[2]
+
+
+def read_results(path: str | os.PathLike) -> pd.DataFrame:
+    """A table that :func:`compare` or the command line stored.
+
+    Raises:
+        ValueError: the file is damaged or something else.
+    """
+    try:
+        frame = pd.read_parquet(path, engine="pyarrow", page_checksum_verification=True)
+    except Exception as error:  # pyarrow raises many types
+        raise ValueError(
+            f"{path} cannot be read as results, it is damaged or foreign; delete it, or give a file that train or"
+            " compare wrote"
+        ) from error
+    if missing := {"task", "method", "seed", "step", "test_error"} - set(frame.columns):
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(sorted(missing))}; delete it, or give a file that train or compare"
+            " wrote"
+        )
+    return frame
+
+
+def write_results(results: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Store a table of results, atomically and with checksums."""
+    with atomic_path(path) as temporary:
+        results.to_parquet(temporary, index=False, engine="pyarrow", write_page_checksum=True)
 
 
 def final_errors(results: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,9 @@ def load_payload(path: str | os.PathLike, format: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums it writes
+                raise ValueError(f"the checksum of {damaged} is wrong")
         payload = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many types for damaged and foreign files
         raise ValueError(f"{path} cannot be read as a {format} file: it is damaged or foreign; delete it") from error

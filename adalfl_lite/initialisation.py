@@ -126,8 +126,14 @@ def initialise(
         validate = validator(held, task_loss, task_error(loss_network.kind))
     meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
 
+    last: nn.Module | None = None
+
     def draw() -> OnlineLoss:
+        nonlocal last
         model = make_model().train()
+        if model is last:
+            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        last = model
         return OnlineLoss(
             model,
             loss_network,

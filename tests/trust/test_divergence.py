@@ -217,5 +217,7 @@ def test_the_meta_gradient_is_clipped_by_its_norm(factor):
         before = state(network)
         online.step(data.train[:10], data.valid[:10])
         steps.append(state(network) - before)
-    torch.testing.assert_close(steps[1], steps[0] * min(factor, 1.0), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        steps[1], steps[0] * min(factor, 1.0), rtol=2e-3, atol=1e-9
+    )  # torch adds 1e-6 to the norm
     assert not math.isclose(torch.linalg.vector_norm(steps[0]).item(), 0.0, abs_tol=1e-12)
