@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from adalfl_lite.data import BUNDLED
 from adalfl_lite.experiments import (
@@ -86,15 +87,23 @@ Imbalance = Annotated[
 
 @app.command()
 def tasks() -> None:
-    """List the tasks: a data set, a base model and the settings of its optimizer.
+    """List the tasks: a data set, a base model and the settings of its optimizer, SGD.
 
-    *Bundled* data comes with scikit-learn. The rest is read from files, which `adalfl train TASK --download` fetches.
+    Under *SGD* stand the learning rate, momentum, weight decay, and the steps at which the rate drops to a tenth.
+    A task is named after its data. *Bundled* data comes with scikit-learn; `adalfl train TASK --download` fetches
+    the rest.
     """
-    table = Table("task", "data", "model", "steps", "batch", "learning rate", "momentum", "data from")
+    columns = [Column(name, no_wrap=True) for name in ("task", "model", "steps", "batch", "data")]
+    table = Table(*columns, "SGD", box=SIMPLE_HEAD)
     for task in TASKS.values():
+        settings = [f"{task.learning_rate:g}"]
+        if task.momentum:
+            settings.append(f"{'Nesterov' if task.nesterov else 'momentum'} {task.momentum:g}")
+        if task.weight_decay:
+            settings.append(f"decay {task.weight_decay:g}")
+        settings += [f"drop at {round(drop * task.steps)}" for drop in task.drops]
         where = "bundled" if task.dataset in BUNDLED else "files"
-        values = (task.steps, task.batch_size, task.learning_rate, task.momentum)
-        table.add_row(task.name, task.dataset, task.model, *map(str, values), where)
+        table.add_row(task.name, task.model, str(task.steps), str(task.batch_size), where, ", ".join(settings))
     Console().print(table)
 
 

@@ -254,6 +254,11 @@ def run(
             loss = copy.deepcopy(learned)
     loss = loss or handcrafted_loss(how.loss, task, data)
     model, optimizer = fresh(task, data, seed, device)
+    scheduler = task.make_scheduler(optimizer)
+    if schedule:
+        scheduler = replay(optimizer, *schedule, task.schedule)
+    elif how.learned_rate and how.online:
+        scheduler = None  # the learning rate is learned, its drops too
     history = fit(
         model,
         loss,
@@ -265,7 +270,7 @@ def run(
         learn="learning_rate" if how.learned_rate else "loss",
         meta_learning_rate=None if how.learned_rate else ONLINE_META_LEARNING_RATE[data.kind],
         meta_batches=how.meta_batches,
-        scheduler=replay(optimizer, *schedule) if schedule else None,
+        scheduler=scheduler,
         seed=seed,
         callback=callback,
         checkpoint=checkpoint,
@@ -407,6 +412,7 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
                 optimizer=optimizer,
                 steps=task.steps,
                 batch_size=task.batch_size,
+                scheduler=candidate.make_scheduler(optimizer),
                 seed=seed,
                 evaluate_every=task.steps,
                 progress=False,

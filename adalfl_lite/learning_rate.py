@@ -13,7 +13,7 @@ relative change per meta step independent of its size; the paper learns α itsel
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -286,7 +286,12 @@ def implied_multiplier(model: nn.Module, loss: Loss, task_loss: Loss, batch: Bat
     return float(inner / sum(g.square().sum() for g in task))
 
 
-def replay(optimizer: Optimizer, steps: Sequence[float], multipliers: Sequence[float]) -> LambdaLR:
+def replay(
+    optimizer: Optimizer,
+    steps: Sequence[float],
+    multipliers: Sequence[float],
+    schedule: Callable[[int], float] | None = None,
+) -> LambdaLR:
     """A scheduler that multiplies the learning rate by a recorded c(t): the schedule of one run in another.
 
     Pass it to :func:`~adalfl_lite.training.fit` as ``scheduler`` with the handcrafted loss, and the c(t) of
@@ -298,6 +303,7 @@ def replay(optimizer: Optimizer, steps: Sequence[float], multipliers: Sequence[f
         steps: when the multipliers were recorded, in ascending order; in between they are interpolated linearly, and
             outside the nearest one holds.
         multipliers: c at those steps. Negative ones count as zero, for no optimizer descends with a negative rate.
+        schedule: step -> factor of the learning rate, which c multiplies: the schedule the recorded run had anyway.
 
     Raises:
         ValueError: lengths differ, steps are out of order, or a multiplier is not finite.
@@ -310,4 +316,4 @@ def replay(optimizer: Optimizer, steps: Sequence[float], multipliers: Sequence[f
     if not np.isfinite(values).all():
         raise ValueError(f"the multiplier at step {times[~np.isfinite(values)][0]:g} is not finite")
     values = values.clip(min=0)
-    return LambdaLR(optimizer, lambda step: float(np.interp(step, times, values)))
+    return LambdaLR(optimizer, lambda step: float(np.interp(step, times, values)) * (schedule(step) if schedule else 1))

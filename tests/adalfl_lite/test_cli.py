@@ -90,7 +90,7 @@ def test_the_help_names_every_method(command):
 def test_tasks_lists_every_task_and_where_its_data_comes_from():
     lines = succeeds("tasks").splitlines()
     for task in TASKS.values():
-        (line,) = (line for line in lines if re.search(rf"[│|] {re.escape(task.name)} ", line))
+        (line,) = (line for line in lines if re.search(rf"^ *{re.escape(task.name)} ", line))
         for value in (task.dataset, task.model, task.steps, task.batch_size):
             assert re.search(rf"\b{value}\b", line)
         assert ("bundled" in line) == (task.dataset in BUNDLED)

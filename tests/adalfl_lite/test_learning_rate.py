@@ -293,6 +293,17 @@ def test_a_recorded_schedule_is_replayed(tmp_path):
     assert torch.equal(theta, resumed_theta) and resumed.learning_rate.tolist() == history.learning_rate.tolist()
 
 
+def test_a_replayed_schedule_multiplies_the_one_that_was_there():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = replay(optimizer, [0, 4], [2.0, 2.0], schedule=lambda step: 0.1 if step >= 2 else 1.0)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02])
+
+
 def test_a_schedule_that_cannot_be_replayed_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     for steps, values, message in (

@@ -99,3 +99,29 @@ def test_changed_settings_leave_the_registry_alone():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown task 'cifar'; known tasks: digits, .*svhn-wrn16_8"):
         get_task("cifar")
+
+
+def test_the_learning_rate_drops_where_the_row_says_and_only_on_cifar():
+    task = get_task("cifar10-resnet18")
+    steps = (0, 99_999, 100_000, 134_999, 135_000, 150_000)
+    assert [task.schedule(step) for step in steps] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [bool(row.drops) for row in TASKS.values()] == [row.dataset.startswith("cifar") for row in TASKS.values()]
+    short = task.with_(steps=30)
+    optimizer = short.make_optimizer([torch.zeros(1, requires_grad=True)])
+    scheduler, rates = short.make_scheduler(optimizer), []
+    for _ in range(30):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.01] * 20 + [0.001] * 7 + [0.0001] * 3)
+    assert get_task("digits").make_scheduler(optimizer) is None
+
+
+def test_the_papers_pairs_are_there():
+    pairs = {(task.dataset, task.model) for task in TASKS.values()}
+    assert pairs >= {
+        *(("california", "mlp64"), ("communities", "mlp64"), ("diabetes", "mlp64")),
+        *(("mnist", model) for model in ("linear", "mlp", "lenet5")),
+        *(("cifar10", model) for model in ("allcnn_c", "vgg16", "resnet18", "squeezenet")),
+        *(("cifar100", "wrn28_10"), ("svhn", "wrn16_8")),
+    }
