@@ -3,19 +3,23 @@
 Read the modules in this order, which is also the direction of every import:
 
     losses          the loss network M_φ, and the task losses
+    closed_form     the derivatives of a loss network that learning it needs
     updates         torch's optimizers as pure functions, and their derivatives
+    tangents        how the outputs move when the parameters move
     metagradient    one step of the model and ∇_φ of what it led to
     online          Algorithm 2: the drop-in step
     initialisation  Algorithm 1
     learning_rate   Algorithms 3 and 4: the control that learns a learning rate
     data, models    what is trained, on what
     training        fit: history, evaluation, checkpoints
+    ensemble        fit for several seeds at once
     tasks           the registry
     experiments     methods over tasks and seeds
     cli             the command ``adalfl``
 """
 
 from adalfl_lite.data import load_dataset
+from adalfl_lite.ensemble import fit_seeds
 from adalfl_lite.initialisation import Initialisation, initialise
 from adalfl_lite.learning_rate import OnlineLearningRate
 from adalfl_lite.losses import LossNetwork
@@ -35,6 +39,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "fit",
+    "fit_seeds",
     "initialise",
     "load_dataset",
 ]

@@ -11,7 +11,9 @@ METHOD = (
     "checks",
     "losses",
     "files",
+    "closed_form",
     "updates",
+    "tangents",
     "metagradient",
     "online",
     "initialisation",
@@ -21,6 +23,7 @@ METHOD = (
     "models",
     "tasks",
     "training",
+    "ensemble",
 )
 MODULES = sorted([*(ROOT / "adalfl_lite").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])
 BOOK = sorted(
