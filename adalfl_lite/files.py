@@ -50,9 +50,16 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def atomic_save(payload: Any, path: str | os.PathLike) -> None:
-    """``torch.save(payload, path)``, atomically. The payload must be loadable with ``weights_only=True``."""
-    with atomic_path(path) as temporary:
-        torch.save(payload, temporary)
+    """``torch.save(payload, path)``, atomically. The payload must be loadable with ``weights_only=True``.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full for one; an earlier file at ``path`` is kept.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:  # torch's writer hides what the file said
+            raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
 
 
 def load_payload(path: str | os.PathLike, format: str) -> dict:
