@@ -86,14 +86,14 @@ SETTINGS = {
         left_out=("frozen at 1", "layer schedules", "algorithm 4"),
     ),
     "mnist-lenet5": Setting(
-        get_task("mnist-lenet5").with_(steps=600),
+        get_task("mnist-lenet5").with_(steps=600, learning_rate=0.1),
         seeds=3,
         initialisation_steps=300,
         rehearsals=3,
         rehearsal_steps=200,
         probe=500,
         records=5,
-        left_out=("rate x30", "smoothing without scale"),
+        left_out=("rate x10", "rate x30", "frozen at 1", "layer schedules", "smoothing without scale"),
     ),
 }
 
