@@ -13,8 +13,11 @@ Read the modules in this order, which is also the direction of every import:
     data, models    what is trained, on what
     training        fit: history, evaluation, checkpoints
     ensemble        fit for several seeds at once
-    tasks           the registry
+    tasks           the registry; corruption: label noise and imbalance
+    baselines       other losses, designed or learned
+    methods         how each loss is had: the table of what is compared
     experiments     methods over tasks and seeds
+    loss_prediction which examples will have a large loss, and what to label next
     cli             the command ``adalfl``
 """
 

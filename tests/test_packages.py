@@ -24,6 +24,8 @@ METHOD = (
     "tasks",
     "training",
     "ensemble",
+    "loss_prediction",
+    "methods",
 )
 MODULES = sorted([*(ROOT / "adalfl_lite").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])
 BOOK = sorted(

@@ -7,11 +7,11 @@
     evomal      EvoMAL: expressions found by genetic programming, their weights by gradient
 
 The last two search with the packages ``cma`` and ``deap``: ``pip install 'adalfl-lite[methods]'``. Each module states
-its source, its equation and its default budget. Every loss here is a method of :mod:`adalfl_lite.experiments`.
+its source, its equation and its default budget. Every loss here is a method of :mod:`adalfl_lite.methods`.
 """
 
 from adalfl_lite.baselines.dynamical import DynamicalLoss
-from adalfl_lite.baselines.evomal import SymbolicLoss, search_symbolic
+from adalfl_lite.baselines.evomal import SymbolicLoss, points_downhill, search_symbolic
 from adalfl_lite.baselines.fixed import FIXED, fixed_loss
 from adalfl_lite.baselines.newton import NewtonLoss
 from adalfl_lite.baselines.taylor import TaylorLoss, search_taylor
@@ -23,6 +23,7 @@ __all__ = [
     "SymbolicLoss",
     "TaylorLoss",
     "fixed_loss",
+    "points_downhill",
     "search_symbolic",
     "search_taylor",
 ]

@@ -15,6 +15,7 @@ from adalfl_lite.baselines import (
     SymbolicLoss,
     TaylorLoss,
     fixed_loss,
+    points_downhill,
     search_symbolic,
     search_taylor,
 )
@@ -277,6 +278,38 @@ def test_genetic_programming_finds_a_planted_loss_and_is_repeatable():
     assert search_symbolic("regression", score, lambda loss: None, **options).expression == found.expression
     with pytest.raises(FloatingPointError, match="diverged with every expression"):
         search_symbolic("regression", lambda loss: math.nan, lambda loss: None, generations=1, population=4)
+
+
+@pytest.mark.parametrize(
+    ("expression", "downhill"),
+    [
+        ("square subtract y p", True),
+        ("absolute subtract p y", True),
+        ("multiply minus_one multiply y log p", True),
+        ("multiply minus_one square subtract y p", False),
+        ("subtract root y sign p", False),
+        ("multiply y p", False),
+    ],
+)
+def test_hopeless_expressions_are_told_from_others(expression, downhill):
+    for kind, plain in (("classification", F.cross_entropy), ("regression", F.mse_loss)):
+        if "log" in expression and kind == "regression":
+            continue
+        assert points_downhill(SymbolicLoss(kind, expression.split()), plain, 3) == downhill
+
+
+def test_what_is_not_accepted_is_neither_searched_nor_scored():
+    scored, searched = [], []
+    found = search_symbolic(
+        "regression",
+        lambda loss: scored.append(loss) or 1.0,
+        searched.append,
+        accept=lambda loss: "tanh" in loss.expression,
+        generations=3,
+        population=20,
+    )
+    assert scored == searched and 0 < len(scored) < 60
+    assert "tanh" in found.expression and all("tanh" in loss.expression for loss in scored)
 
 
 def test_losses_fit_the_loop():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adalfl_lite import cli, experiments
+from adalfl_lite import cli, experiments, methods
 from adalfl_lite.cli import app
 from adalfl_lite.data import BUNDLED
 from adalfl_lite.experiments import METHODS, final_errors
@@ -28,10 +28,10 @@ def short_initialisations():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "INITIALISATION_STEPS", 30)
-        patch.setattr(experiments, "MAX_REHEARSAL_STEPS", 10)
+        patch.setattr(methods, "INITIALISATION_STEPS", 30)
+        patch.setattr(methods, "MAX_REHEARSAL_STEPS", 10)
         short = {name: replace(how, imitation_steps=min(how.imitation_steps, 10)) for name, how in METHODS.items()}
-        patch.setattr(experiments, "METHODS", short)
+        patch.setattr(methods, "METHODS", short)
         yield
     torch.set_num_threads(threads)
 
@@ -127,7 +127,7 @@ def test_train_with_the_handcrafted_loss_has_no_loss_to_write(tmp_path):
 
 def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     arguments = ("train", "iris", "--method", "handcrafted", "--steps", 20, "--out", tmp_path)
-    evaluate, calls = experiments.fit.__globals__["evaluate"], []
+    evaluate, calls = methods.fit.__globals__["evaluate"], []
 
     def interrupted(*given):
         calls.append(given)
@@ -135,7 +135,7 @@ def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return evaluate(*given)
 
-    monkeypatch.setitem(experiments.fit.__globals__, "evaluate", interrupted)
+    monkeypatch.setitem(methods.fit.__globals__, "evaluate", interrupted)
     assert adalfl(*arguments).exit_code != 0
     assert files(tmp_path) == ["iris--handcrafted--seed0.checkpoint"]
     calls.extend([None] * 100)
@@ -309,7 +309,7 @@ def test_tables_that_plot_cannot_read_are_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("step,error")
     assert "arquet" in fails("plot", tmp_path / "text.parquet")
     pd.DataFrame({"task": ["iris"], "step": [1]}).to_parquet(tmp_path / "other.parquet")
-    assert "lacks the columns method, seed, test_error; give" in fails("plot", tmp_path / "other.parquet")
+    assert "lacks the columns method, seed, test_error; delete it, or give" in fails("plot", tmp_path / "other.parquet")
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(comparison, tmp_path):

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from adalfl_lite import experiments, tasks
-from adalfl_lite.experiments import METHODS, TUNING_FACTORS, compare, final_errors, provenance, run
+from adalfl_lite import experiments, methods, tasks
+from adalfl_lite.experiments import compare, final_errors, provenance, run
+from adalfl_lite.methods import METHODS, TUNING_FACTORS
 from adalfl_lite.tasks import Task, get_task
 from adalfl_lite.training import evaluate, fit
 
@@ -36,13 +37,14 @@ def short_initialisations():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "INITIALISATION_STEPS", 40)
-        patch.setattr(experiments, "MAX_REHEARSAL_STEPS", 15)
-        patch.setattr(experiments, "SEARCH_STEPS", 10)
-        patch.setattr(experiments, "LOCAL_STEPS", 5)
-        patch.setattr(experiments, "SEARCH_BUDGET", {name: {"generations": 2, "population": 6} for name in SEARCHED})
+        patch.setattr(methods, "INITIALISATION_STEPS", 40)
+        patch.setattr(methods, "MAX_REHEARSAL_STEPS", 15)
+        patch.setattr(methods, "SEARCH_STEPS", 10)
+        patch.setattr(methods, "LOCAL_STEPS", 5)
+        budget = {"taylorglo": {"generations": 2, "population": 6}, "evomal": {"generations": 1, "population": 16}}
+        patch.setattr(methods, "SEARCH_BUDGET", budget)
         short = {name: replace(how, imitation_steps=min(how.imitation_steps, 20)) for name, how in METHODS.items()}
-        patch.setattr(experiments, "METHODS", short)
+        patch.setattr(methods, "METHODS", short)
         yield
     torch.set_num_threads(threads)
 
@@ -224,7 +226,7 @@ def recorded_fit(monkeypatch):
         calls.append((data, options))
         return fit(model, loss, data, **options)
 
-    monkeypatch.setattr(experiments, "fit", spy)
+    monkeypatch.setattr(methods, "fit", spy)
     return calls
 
 
@@ -252,7 +254,7 @@ def test_initialisation_is_on_train_and_the_meta_batches_of_the_method(monkeypat
         seen["network"] = network
         raise FloatingPointError("enough")
 
-    monkeypatch.setattr(experiments, "initialise", spy)
+    monkeypatch.setattr(methods, "initialise", spy)
     with pytest.raises(FloatingPointError, match="enough"):
         run(IRIS, method, 0)
     data = IRIS.load(seed=0)
@@ -284,8 +286,8 @@ def test_the_tuned_learning_rate_is_the_one_with_the_lowest_validation_error(see
 def test_the_replayed_schedule_is_the_one_that_online_implied(results, monkeypatch):
     """c at each evaluation of an online run, by gradients of our own; and it is a schedule of 40 steps."""
     seen = {}
-    replay = experiments.replay
-    monkeypatch.setattr(experiments, "replay", lambda o, *found: seen.update(found=found) or replay(o, *found))
+    replay = methods.replay
+    monkeypatch.setattr(methods, "replay", lambda o, *found: seen.update(found=found) or replay(o, *found))
     same(run(IRIS, "rate-replay", 0), rows(results, "rate-replay"))
     x, y = IRIS.load(seed=0).train[:]
     expected = []
@@ -345,11 +347,11 @@ def test_a_diverged_run_is_one_row_with_infinite_errors_and_the_others_go_on(tmp
 def test_tuning_passes_over_learning_rates_that_diverge(monkeypatch):
     """The large ones diverge here; the last one ends not a number without ``fit`` seeing it."""
     task = DIABETES.with_(learning_rate=0.01)
-    monkeypatch.setattr(experiments, "TUNING_FACTORS", (1e14, 1.0))
+    monkeypatch.setattr(methods, "TUNING_FACTORS", (1e14, 1.0))
     assert run(task, "handcrafted-tuned", 0).learning_rate.iloc[0] == pytest.approx(0.01)
     poisoned = iter([(math.nan, math.nan), (0.5, 0.5)])
-    monkeypatch.setattr(experiments, "TUNING_FACTORS", (2.0, 1.0))
-    monkeypatch.setattr(experiments, "evaluate", lambda *_: next(poisoned))
+    monkeypatch.setattr(methods, "TUNING_FACTORS", (2.0, 1.0))
+    monkeypatch.setattr(methods, "evaluate", lambda *_: next(poisoned))
     assert run(task, "handcrafted-tuned", 0).learning_rate.iloc[0] == pytest.approx(0.01)
 
 
@@ -399,9 +401,9 @@ def test_the_defaults_need_no_tuning(monkeypatch, name, steps, seeds, margin):
     task's own number of steps and needs them: with 300, online ends at .069 over these seeds, which is not within it.
     Diabetes is cut from 1000 steps to save time.
     """
-    monkeypatch.setattr(experiments, "INITIALISATION_STEPS", 2500)
-    monkeypatch.setattr(experiments, "MAX_REHEARSAL_STEPS", 1000)
-    monkeypatch.setattr(experiments, "METHODS", METHODS)
+    monkeypatch.setattr(methods, "INITIALISATION_STEPS", 2500)
+    monkeypatch.setattr(methods, "MAX_REHEARSAL_STEPS", 1000)
+    monkeypatch.setattr(methods, "METHODS", METHODS)
     last = final_errors(compared([get_task(name).with_(steps=steps)], ["handcrafted", "online"], seeds))
     assert not last.diverged.any()
     means = last.groupby("method").test_error.mean()

@@ -1,0 +1,366 @@
+"""The methods that are compared: how each has its loss, or its learning rate, and trains with it.
+
+The four methods of the paper's comparison, and the controls that make it fair:
+
+======================  ===========================================================================================
+handcrafted             the task loss: cross-entropy, or squared error
+ml3                     an ML³ loss network (ReLU, Softplus), meta-learned offline one step at a time, then frozen
+offline                 AdaLFL's loss network, meta-learned offline (Algorithm 1 with our defaults), then frozen
+online                  the same, adapted after every step on validation data (Algorithm 2)
+online-train            the same with meta batches from the train split only, in both phases
+handcrafted-tuned       the task loss with the learning rate that has the lowest validation error of five
+handcrafted-all         the task loss, trained on the train and the valid split together
+rate-offline            the task loss with a learning rate that is meta-learned offline (Algorithm 3), then frozen
+rate-online             the same, adapted after every step on validation data (Algorithm 4)
+rate-replay             the task loss under the learning-rate schedule that *online* implied with the same seed
+label-smoothing, ...    the losses of :mod:`adalfl_lite.baselines.fixed`, by their names there
+dynamical               cross-entropy with class weights that rise and fall in turn, ten times for each class
+newton-hessian          the task loss with a Newton step in output space (Hessian)
+newton-fisher           the same with the empirical Fisher matrix
+taylorglo               a polynomial loss whose coefficients CMA-ES finds, by validation error after short trainings
+evomal                  an expression found by genetic programming, its weights meta-learned by gradient
+======================  ===========================================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+
+from adalfl_lite.baselines import (
+    FIXED,
+    DynamicalLoss,
+    NewtonLoss,
+    SymbolicLoss,
+    fixed_loss,
+    points_downhill,
+    search_symbolic,
+    search_taylor,
+)
+from adalfl_lite.baselines.evomal import LOCAL_STEPS
+from adalfl_lite.data import Dataset, Split, dataset_kind
+from adalfl_lite.initialisation import MakeModel, Validate, initialise, meta_learn, rehearsal
+from adalfl_lite.learning_rate import LearningRate, implied_multiplier, initialise_learning_rate, replay
+from adalfl_lite.losses import KINDS, Loss, LossNetwork, task_loss
+from adalfl_lite.metagradient import Batch
+from adalfl_lite.online import OnlineLoss
+from adalfl_lite.tasks import Task
+from adalfl_lite.training import Callback, evaluate, fit
+
+TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""handcrafted-tuned tries the task's learning rate times each of these."""
+
+INITIALISATION_STEPS = 2500
+MAX_REHEARSAL_STEPS = 1000
+ONLINE_META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
+SEARCH_STEPS = 200
+"""taylorglo and evomal score a loss by a training of this many steps, or of the task's own where that is shorter."""
+SEARCH_BUDGET: dict[str, dict[str, int]] = {"taylorglo": {}, "evomal": {}}
+"""Generations and population, where they are not the defaults of the search."""
+SCHEDULE_ROWS = 2000
+"""rate-replay measures the implied schedule on so many training rows at most."""
+DYNAMICAL_AMPLITUDE, DYNAMICAL_CYCLES = 10.0, 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a loss is had and used."""
+
+    loss: str  # "task"; learned: "adalfl", "ml3", "taylorglo", "evomal"; or the name of a handcrafted one
+    online: bool = False
+    meta_batches: str = "valid"
+    imitation_steps: int = 800
+    rollout_steps: int = 20
+    tuned: bool = False
+    train_on_valid: bool = False
+    learned_rate: bool = False
+    replays: str | None = None
+    kinds: tuple[str, ...] = KINDS
+
+
+LEARNED_LOSSES = ("adalfl", "ml3", "taylorglo", "evomal")
+CLASSIFICATION = ("classification",)
+
+METHODS = {
+    "handcrafted": Method("task"),
+    "ml3": Method("ml3", imitation_steps=0, rollout_steps=1),
+    "offline": Method("adalfl"),
+    "online": Method("adalfl", online=True),
+    "online-train": Method("adalfl", online=True, meta_batches="train"),
+    "handcrafted-tuned": Method("task", tuned=True),
+    "handcrafted-all": Method("task", train_on_valid=True),
+    "rate-offline": Method("task", learned_rate=True),
+    "rate-online": Method("task", learned_rate=True, online=True),
+    "rate-replay": Method("task", replays="online"),
+    **{name: Method(name, kinds=kinds) for name, (_, kinds) in FIXED.items()},
+    "dynamical": Method("dynamical", kinds=CLASSIFICATION),
+    "newton-hessian": Method("newton-hessian"),
+    "newton-fisher": Method("newton-fisher"),
+    "taylorglo": Method("taylorglo"),
+    "evomal": Method("evomal"),
+}
+MAIN_METHODS = ("handcrafted", "ml3", "offline", "online")
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; ``ValueError`` listing the known ones if there is none."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def check_applies(method: str, task: Task) -> None:
+    """Raise ``ValueError`` unless ``method`` is known and made for the kind of ``task``."""
+    kinds, kind = get_method(method).kinds, dataset_kind(task.dataset)
+    if kind not in kinds:
+        raise ValueError(f"method {method!r} is for {' and '.join(kinds)}, task {task.name!r} is {kind}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method trains with."""
+
+    loss: Loss
+    task: Task
+    """With the learning rate that was tuned or learned."""
+    data: Dataset
+    schedule: tuple[list[int], list[float]] | None
+    """Steps, and by what to multiply the learning rate there."""
+    steps: int
+    """Meta steps taken, or losses tried."""
+    chosen_step: int
+    seconds: float
+    """Of everything before the training."""
+
+
+def prepare(
+    task: Task,
+    data: Dataset,
+    method: str,
+    seed: int,
+    *,
+    device: str = "cpu",
+    shared: dict | None = None,
+    progress: bool = False,
+) -> Prepared:
+    """Everything a method does before it trains: tune, search or meta-learn, on the train and the valid split.
+
+    ``shared`` keeps initialised losses between calls for the same task and seed: pass one dictionary to all of them.
+    """
+    how, shared, started = get_method(method), {} if shared is None else shared, time.perf_counter()
+    if how.tuned:
+        task = tune_learning_rate(task, data, seed, device)
+    if how.train_on_valid:
+        data = replace(data, train=_joined(data.train, data.valid))
+    schedule = None
+    if how.replays:
+        replayed = prepare(task, data, how.replays, seed, device=device, shared=shared)
+        schedule = implied_schedule(replayed, how.replays, seed, device)
+    if how.loss not in LEARNED_LOSSES and not how.learned_rate:
+        loss = handcrafted_loss(how.loss, task, data)
+        return Prepared(loss, task, data, schedule, 0, 0, time.perf_counter() - started)
+    key = (how.loss, how.learned_rate, how.meta_batches)
+    if key not in shared:
+        found = initialised(task, data, seed, method=how, device=device, progress=progress)
+        shared[key] = *found, time.perf_counter() - started
+    learned, *numbers = shared[key]
+    if isinstance(learned, LearningRate):
+        task = task.with_(learning_rate=learned.rates[0])
+        return Prepared(handcrafted_loss(how.loss, task, data), task, data, schedule, *numbers)
+    return Prepared(copy.deepcopy(learned), task, data, schedule, *numbers)
+
+
+def train(
+    prepared: Prepared,
+    method: str,
+    seed: int,
+    *,
+    device: str = "cpu",
+    callback: Callback | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The history of one training with what :func:`prepare` gave; see :func:`~adalfl_lite.training.fit`."""
+    how, task, data = get_method(method), prepared.task, prepared.data
+    model, optimizer = fresh(task, data, seed, device)
+    scheduler = task.make_scheduler(optimizer)
+    if prepared.schedule:
+        scheduler = replay(optimizer, *prepared.schedule, task.schedule)
+    elif how.learned_rate and how.online:
+        scheduler = None  # the learning rate is learned, its drops too
+    return fit(
+        model,
+        prepared.loss,
+        data,
+        optimizer=optimizer,
+        steps=task.steps,
+        batch_size=task.batch_size,
+        online=how.online,
+        learn="learning_rate" if how.learned_rate else "loss",
+        meta_learning_rate=None if how.learned_rate else ONLINE_META_LEARNING_RATE[data.kind],
+        meta_batches=how.meta_batches,
+        scheduler=scheduler,
+        seed=seed,
+        callback=callback,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def fresh(task: Task, data: Dataset, seed: int, device: str = "cpu") -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The base model that ``seed`` draws, the same for every method, and its optimizer."""
+    torch.manual_seed(seed)
+    model = task.make_model(data).to(device)
+    return model, task.make_optimizer(model.parameters())
+
+
+def handcrafted_loss(name: str, task: Task, data: Dataset) -> Loss:
+    """The loss of a method that learns none: the task loss ("task"), or another by its name."""
+    if name == "dynamical":
+        period = max(2, task.steps // (DYNAMICAL_CYCLES * data.outputs))
+        return DynamicalLoss(data.outputs, amplitude=DYNAMICAL_AMPLITUDE, period=period)
+    if name.startswith("newton-"):
+        return NewtonLoss(data.kind, name.removeprefix("newton-"))
+    return task_loss(data.kind) if name not in FIXED else fixed_loss(name)
+
+
+def initialised(
+    task: Task, data: Dataset, seed: int, *, method: Method, device: str = "cpu", progress: bool = False
+) -> tuple[torch.nn.Module, int, int]:
+    """What a method starts training with, by Algorithm 1 or 3 or a search, on ``data`` with the task's optimizer.
+
+    Returns:
+        The loss or the learning rate, the meta steps taken or losses tried, and the step that was chosen (0: a search).
+    """
+    torch.manual_seed(10_000 + seed)
+    train, meta = data.train.to(device), getattr(data, method.meta_batches).to(device)
+
+    def make_model() -> torch.nn.Module:
+        return task.make_model(data).to(device)
+
+    def validate(model: torch.nn.Module) -> tuple[float, float]:
+        return evaluate(model, meta, data.kind)
+
+    batches = train.batches(task.batch_size, seed=20_000 + seed)
+    meta_batches = meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed)
+    if method.loss in SEARCH_BUDGET:
+        arguments = (make_model, batches, meta_batches, validate, device)
+        return _searched(method.loss, task, data.kind, data.outputs, seed, *arguments)
+    options: dict[str, Any] = {
+        "make_optimizer": task.make_optimizer,
+        "steps": INITIALISATION_STEPS,
+        "rollout_steps": method.rollout_steps,
+        "rehearsal_steps": min(task.steps, MAX_REHEARSAL_STEPS),
+        "validate": validate,
+        "progress": progress,
+    }
+    learned: torch.nn.Module
+    if method.learned_rate:
+        learned = LearningRate([task.learning_rate])
+        outcome = initialise_learning_rate(learned, make_model, batches, meta_batches, kind=data.kind, **options)
+    else:
+        learned = (LossNetwork.ml3(data.kind) if method.loss == "ml3" else LossNetwork.default(data.kind)).to(device)
+        options["imitation_steps"] = method.imitation_steps
+        outcome = initialise(learned, make_model, batches, meta_batches, **options)
+    return learned, outcome.steps, outcome.chosen_step
+
+
+def _searched(
+    name: str,
+    task: Task,
+    kind: str,
+    outputs: int,
+    seed: int,
+    make_model: MakeModel,
+    batches: Iterator[Batch],
+    meta_batches: Iterator[Batch],
+    validate: Validate,
+    device: str,
+) -> tuple[torch.nn.Module, int, int]:
+    """taylorglo and evomal: the loss found, and how many were tried."""
+    tried = 0
+
+    def score(loss: torch.nn.Module) -> float:
+        nonlocal tried
+        tried += 1
+        steps = min(task.steps, SEARCH_STEPS)
+        return rehearsal(loss.to(device), make_model, task.make_optimizer, batches, steps, validate)[0]
+
+    def local_search(loss: SymbolicLoss) -> None:
+        meta_optimizer = torch.optim.Adam(loss.to(device).parameters(), lr=1e-3)
+
+        def draw() -> OnlineLoss:
+            model = make_model().train()
+            optimizer = task.make_optimizer(model.parameters())
+            return OnlineLoss(model, loss, optimizer, meta_optimizer=meta_optimizer, task_loss=task_loss(kind))
+
+        options: dict[str, Any] = {"steps": LOCAL_STEPS, "rollout_steps": 1, "rehearsals": 0, "rehearse_first": False}
+        meta_learn(loss, draw, lambda: (math.inf, math.inf), batches, meta_batches, **options)
+
+    budget = SEARCH_BUDGET[name]
+    if name == "taylorglo":
+        return search_taylor(kind, score, seed=seed, **budget), tried, 0
+
+    def accept(loss: SymbolicLoss) -> bool:
+        return points_downhill(loss, task_loss(kind), outputs)
+
+    return search_symbolic(kind, score, local_search, accept=accept, seed=seed, **budget), tried, 0
+
+
+def implied_schedule(prepared: Prepared, method: str, seed: int, device: str) -> tuple[list[int], list[float]]:
+    """Steps, and the multiplier c of the learning rate that a method's loss implied there on its training rows."""
+    batch = prepared.data.train.to(device)[:SCHEDULE_ROWS]
+    plain = task_loss(prepared.data.kind)
+    steps: list[int] = []
+    multipliers: list[float] = []
+
+    def record(step: int, model: torch.nn.Module, loss: Loss) -> None:
+        steps.append(step)
+        multipliers.append(implied_multiplier(model, loss, plain, batch))
+
+    train(prepared, method, seed, device=device, callback=record)
+    return steps, multipliers
+
+
+def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu") -> Task:
+    """The task with the learning rate whose full run with the task loss ends with the lowest validation error."""
+    scores = []
+    for factor in TUNING_FACTORS:
+        candidate = task.with_(learning_rate=task.learning_rate * factor)
+        model, optimizer = fresh(candidate, data, seed, device)
+        try:
+            fit(
+                model,
+                task_loss(data.kind),
+                data,
+                optimizer=optimizer,
+                steps=task.steps,
+                batch_size=task.batch_size,
+                scheduler=candidate.make_scheduler(optimizer),
+                seed=seed,
+                evaluate_every=task.steps,
+                progress=False,
+            )
+        except FloatingPointError:
+            continue
+        error, loss = evaluate(model, data.valid.to(device), data.kind)
+        if math.isfinite(error) and math.isfinite(loss):
+            scores.append((error, loss, candidate))
+    if not scores:
+        raise FloatingPointError(f"{task.name} diverged with every learning rate; lower the task's own")
+    return min(scores, key=lambda score: score[:2])[2]
+
+
+def _joined(first: Split, second: Split) -> Split:
+    joined = {
+        name: torch.cat([getattr(first, name), getattr(second, name)]) for name in ("inputs", "targets", "indices")
+    }
+    return replace(first, **joined)
