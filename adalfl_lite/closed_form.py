@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalfl_lite.losses import LossNetwork, SmoothLeakyReLU, output_pairs
@@ -111,9 +110,14 @@ def mixed_gradient(tape: Sequence[Tape], weights: Tensor) -> list[Tensor]:
             gradients.append(torch.zeros_like(entry.layer.bias) if z_bar is None else z_bar.sum(-2))
         gradients.append(weight_bar)
         if entry is not tape[0]:
-            slope_bar = tangent_bar @ entry.layer.weight
-            value_bar = None if z_bar is None else z_bar @ entry.layer.weight
+            slope_bar = _times(tangent_bar, entry.layer.weight)
+            value_bar = None if z_bar is None else _times(z_bar, entry.layer.weight)
     return gradients[::-1]
+
+
+def _times(vectors: Tensor, weight: Tensor) -> Tensor:
+    """(..., N, n) times (..., n, m); a product of one column with one row is faster elementwise."""
+    return vectors * weight if weight.shape[-2] == 1 else vectors @ weight
 
 
 def mixed_derivative(loss_network: LossNetwork, prediction: Tensor, target: Tensor, tangent: Tensor) -> list[Tensor]:
@@ -148,7 +152,10 @@ def _smooth_leaky_relu(activation: SmoothLeakyReLU, z: Tensor) -> Activated:
     beta, gamma = activation.beta, activation.gamma
     sigmoid = torch.sigmoid(beta * z)
     derivative = torch.lerp(sigmoid, torch.ones((), dtype=z.dtype, device=z.device), gamma)
-    return torch.lerp(F.softplus(z, beta), z, gamma), derivative, sigmoid, (1 - gamma) * beta
+    # log(1 + e^x) = x − log sigmoid(x), three times as fast; where that rounds, the value is near 0
+    tiny = torch.finfo(z.dtype).tiny
+    softplus = sigmoid.clamp_min(tiny).log_().mul_(-1 / beta).add_(z).clamp_min_(0)
+    return softplus.lerp_(z, gamma), derivative, sigmoid, (1 - gamma) * beta
 
 
 def _softplus(activation: nn.Softplus, z: Tensor) -> Activated:
