@@ -11,7 +11,8 @@ cross-entropy of a meta batch at the new θ. A plain step is one of the same SGD
   and all that a step allocates do.
 - Agreement. The relative difference of each engine's first meta-gradient from the exact one, on models of its own.
 
-The peers need ``pip install 'adalfl-lite[bench]'``; ones that are not installed are left out. Writes results/step.json.
+The peers need ``pip install 'adalfl-lite[bench]'``; ones that are not installed are left out. Writes results/step.json,
+where the rows of models that were not measured this time stay.
 """
 
 import argparse
@@ -251,16 +252,18 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(name: str, engines: list[str], batch_size: int, rounds: int) -> list[dict]:
+def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_memory: bool) -> list[dict]:
     """All three measurements of one model, one row per engine."""
-    small = name in ("mlp64", "lenet5")
-    memory = pd.Series({engine: math.nan if small else peak_memory(name, engine, batch_size) for engine in engines})
+    with_memory &= name not in ("mlp64", "lenet5")
+    memory = pd.Series(
+        {engine: peak_memory(name, engine, batch_size) if with_memory else math.nan for engine in engines}
+    )
     table = time_ratios(name, engines, batch_size, rounds)
     table["memory_mebibytes"] = memory
     table["memory_ratio"] = memory / memory["plain"]
     table["disagreement"] = [disagreement(name, engine) for engine in engines]
     print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
-    table = table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size)
+    table = table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size, **provenance())
     return json.loads(table.to_json(orient="records"))  # NaN becomes null
 
 
@@ -270,6 +273,7 @@ if __name__ == "__main__":
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=installed())
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, help="by default more for small models")
+    parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -278,10 +282,12 @@ if __name__ == "__main__":
         print(own_peak_memory(*options.memory_of, options.batch_size))
         sys.exit()
     engines = ["plain", *(engine for engine in options.engines if engine != "plain")]
-    rows: list[dict] = []
     peers = {name: version(name) for name in ("higher", "torchopt") if name in engines}
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
     for model in options.models:
-        rows += measure(model, engines, options.batch_size, options.rounds or ROUNDS[model])
-        result = {"command": "python benchmarks/step.py", "threads": 1, "peers": peers, **provenance(), "rows": rows}
+        rounds = options.rounds or ROUNDS[model]
+        rows = [row for row in rows if row["model"] != model]
+        rows += measure(model, engines, options.batch_size, rounds, with_memory=not options.no_memory)
+        result = {"command": "python benchmarks/step.py", "threads": 1, "peers": peers, "rows": rows}
         with atomic_path(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
