@@ -49,6 +49,7 @@ after every training step (*online*), so that the step it caused lowers the loss
 Start here:
 
     adalfl tasks                      # what can be trained
+    adalfl methods                    # and with which losses
     adalfl train digits               # one model, about a minute
     adalfl compare digits --seeds 3   # handcrafted loss against learned ones
     adalfl table results/comparison.parquet
@@ -108,9 +109,24 @@ def tasks() -> None:
 
 
 @app.command()
+def methods() -> None:
+    """List the methods that `adalfl train` and `adalfl compare` know: ways to have a loss, or a learning rate.
+
+    The searched ones, *taylorglo* and *evomal*, take minutes where others take seconds, and need the extra `methods`
+    of this package.
+
+        adalfl compare digits --methods handcrafted,rate-online,online
+    """
+    table = Table(Column("method", no_wrap=True), "what it is", "for", box=SIMPLE_HEAD)
+    for name, method in METHODS.items():
+        table.add_row(name, escape(method.about), "both" if len(method.kinds) > 1 else method.kinds[0])
+    Console().print(table)
+
+
+@app.command()
 def train(
     task: Annotated[str, typer.Argument(help="A name from `adalfl tasks`.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "online",
+    method: Annotated[str, typer.Option(help=f"One of `adalfl methods`: {', '.join(METHODS)}.")] = "online",
     seed: Annotated[int, typer.Option(help="Seeds the split, the model, the loss and the batches.")] = 0,
     steps: Steps = None,
     label_noise: LabelNoise = 0.0,
@@ -159,9 +175,9 @@ def train(
 @app.command("compare")
 def compare_command(
     tasks: Annotated[list[str], typer.Argument(help="Names from `adalfl tasks`.")],
-    methods: Annotated[str, typer.Option(help=f"Commas between; known: {', '.join(METHODS)}.")] = ",".join(
-        MAIN_METHODS
-    ),
+    methods: Annotated[
+        str, typer.Option(help=f"Names from `adalfl methods`, commas between: {', '.join(METHODS)}.")
+    ] = ",".join(MAIN_METHODS),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 5,
     steps: Steps = None,
     label_noise: LabelNoise = 0.0,

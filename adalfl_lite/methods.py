@@ -1,25 +1,7 @@
 """The methods that are compared: how each has its loss, or its learning rate, and trains with it.
 
-The four methods of the paper's comparison, and the controls that make it fair:
-
-======================  ===========================================================================================
-handcrafted             the task loss: cross-entropy, or squared error
-ml3                     an ML³ loss network (ReLU, Softplus), meta-learned offline one step at a time, then frozen
-offline                 AdaLFL's loss network, meta-learned offline (Algorithm 1 with our defaults), then frozen
-online                  the same, adapted after every step on validation data (Algorithm 2)
-online-train            the same with meta batches from the train split only, in both phases
-handcrafted-tuned       the task loss with the learning rate that has the lowest validation error of five
-handcrafted-all         the task loss, trained on the train and the valid split together
-rate-offline            the task loss with a learning rate that is meta-learned offline (Algorithm 3), then frozen
-rate-online             the same, adapted after every step on validation data (Algorithm 4)
-rate-replay             the task loss under the learning-rate schedule that *online* implied with the same seed
-label-smoothing, ...    the losses of :mod:`adalfl_lite.baselines.fixed`, by their names there
-dynamical               cross-entropy with class weights that rise and fall in turn, ten times for each class
-newton-hessian          the task loss with a Newton step in output space (Hessian)
-newton-fisher           the same with the empirical Fisher matrix
-taylorglo               a polynomial loss whose coefficients CMA-ES finds, by validation error after short trainings
-evomal                  an expression found by genetic programming, its weights meta-learned by gradient
-======================  ===========================================================================================
+:data:`METHODS` has them all, each with a word about it; ``adalfl methods`` prints it. The first four are the paper's
+comparison, the next ones the controls that make it fair, the rest other losses (:mod:`adalfl_lite.baselines`).
 """
 
 from __future__ import annotations
@@ -46,6 +28,7 @@ from adalfl_lite.baselines import (
     search_taylor,
 )
 from adalfl_lite.baselines.evomal import LOCAL_STEPS
+from adalfl_lite.baselines.fixed import summary
 from adalfl_lite.data import Dataset, Split, dataset_kind
 from adalfl_lite.initialisation import MakeModel, Validate, initialise, meta_learn, rehearsal
 from adalfl_lite.learning_rate import LearningRate, implied_multiplier, initialise_learning_rate, replay
@@ -75,6 +58,7 @@ class Method:
     """How a loss is had and used."""
 
     loss: str  # "task"; learned: "adalfl", "ml3", "taylorglo", "evomal"; or the name of a handcrafted one
+    about: str
     online: bool = False
     meta_batches: str = "valid"
     imitation_steps: int = 800
@@ -90,23 +74,40 @@ LEARNED_LOSSES = ("adalfl", "ml3", "taylorglo", "evomal")
 CLASSIFICATION = ("classification",)
 
 METHODS = {
-    "handcrafted": Method("task"),
-    "ml3": Method("ml3", imitation_steps=0, rollout_steps=1),
-    "offline": Method("adalfl"),
-    "online": Method("adalfl", online=True),
-    "online-train": Method("adalfl", online=True, meta_batches="train"),
-    "handcrafted-tuned": Method("task", tuned=True),
-    "handcrafted-all": Method("task", train_on_valid=True),
-    "rate-offline": Method("task", learned_rate=True),
-    "rate-online": Method("task", learned_rate=True, online=True),
-    "rate-replay": Method("task", replays="online"),
-    **{name: Method(name, kinds=kinds) for name, (_, kinds) in FIXED.items()},
-    "dynamical": Method("dynamical", kinds=CLASSIFICATION),
-    "newton-hessian": Method("newton-hessian"),
-    "newton-fisher": Method("newton-fisher"),
-    "taylorglo": Method("taylorglo"),
-    "evomal": Method("evomal"),
+    "handcrafted": Method("task", "the task loss: cross-entropy, or squared error"),
+    "ml3": Method(
+        "ml3",
+        "an ML³ loss network (ReLU, Softplus), meta-learned offline one step at a time, then frozen",
+        imitation_steps=0,
+        rollout_steps=1,
+    ),
+    "offline": Method("adalfl", "AdaLFL's loss network, meta-learned offline (Algorithm 1), then frozen"),
+    "online": Method("adalfl", "the same, adapted after every step on validation data (Algorithm 2)", online=True),
+    "online-train": Method(
+        "adalfl", "the same, with meta batches from the train split only", online=True, meta_batches="train"
+    ),
+    "handcrafted-tuned": Method(
+        "task", "the task loss, its learning rate the one of five with the lowest validation error", tuned=True
+    ),
+    "handcrafted-all": Method("task", "the task loss, trained on the train and the valid split", train_on_valid=True),
+    "rate-offline": Method(
+        "task", "the task loss, its learning rate meta-learned offline (Algorithm 3), then frozen", learned_rate=True
+    ),
+    "rate-online": Method(
+        "task", "the same, adapted after every step on validation data (Algorithm 4)", learned_rate=True, online=True
+    ),
+    "rate-replay": Method("task", "the task loss under the schedule that online implied", replays="online"),
+    **{name: Method(name, summary(loss), kinds=kinds) for name, (loss, kinds) in FIXED.items()},
+    "dynamical": Method(
+        "dynamical", "cross-entropy whose class weights rise and fall in turn, ten times each", kinds=CLASSIFICATION
+    ),
+    "newton-hessian": Method("newton-hessian", "the task loss with a Newton step in output space (Hessian)"),
+    "newton-fisher": Method("newton-fisher", "the same with the empirical Fisher matrix"),
+    "taylorglo": Method("taylorglo", "a polynomial whose coefficients CMA-ES finds, by short trainings"),
+    "evomal": Method("evomal", "an expression found by genetic programming, its weights by gradient"),
 }
+"""Every method by its name."""
+
 MAIN_METHODS = ("handcrafted", "ml3", "offline", "online")
 
 

@@ -84,6 +84,11 @@ FIXED: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 """Every loss above by its name as a method, and the kinds of task it is for."""
 
 
+def summary(loss: Callable[..., Tensor]) -> str:
+    """The first line of a loss's docstring: its formula and source."""
+    return (loss.__doc__ or "").splitlines()[0]
+
+
 def fixed_loss(name: str, **options: float) -> Loss:
     """The loss of that name in :data:`FIXED`, with some of its settings changed."""
     return partial(FIXED[name][0], **options)

@@ -19,7 +19,7 @@ from adalfl_lite.experiments import METHODS, final_errors
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.tasks import TASKS
 
-COMMANDS = ["tasks", "train", "compare", "plot", "table"]
+COMMANDS = ["tasks", "methods", "train", "compare", "plot", "table"]
 WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}
 
 
@@ -85,6 +85,14 @@ def test_the_help_of_every_command_has_an_example(command):
 def test_the_help_names_every_method(command):
     text = succeeds(command, "--help")
     assert all(method in text for method in METHODS)
+
+
+def test_methods_lists_every_method_and_what_it_is_for():
+    lines = succeeds("methods").splitlines()
+    for name, method in METHODS.items():
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert line.rstrip().endswith("both" if len(method.kinds) == 2 else method.kinds[0])
+        assert method.about and method.about in line
 
 
 def test_tasks_lists_every_task_and_where_its_data_comes_from():
