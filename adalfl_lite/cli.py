@@ -64,6 +64,23 @@ class Figure(StrEnum):
     curves = "curves"
 
 
+class Value(StrEnum):
+    """What ``adalfl table`` can tabulate."""
+
+    test_error = "test_error"
+    test_loss = "test_loss"
+    valid_error = "valid_error"
+    cost = "cost"
+
+
+VALUES = {
+    Value.test_error: "Test error",
+    Value.test_loss: "Task loss on the test split",
+    Value.valid_error: "Validation error",
+    Value.cost: "Seconds of computing, everything before the training included",
+}
+
+
 class Format(StrEnum):
     """What ``adalfl table`` can write."""
 
@@ -234,15 +251,17 @@ def table_command(
     results: Annotated[list[Path], typer.Argument(help="One or more .parquet files of `adalfl compare`.")],
     format: Annotated[Format, typer.Option(help="How to write it.")] = Format.markdown,
     reference: Annotated[str, typer.Option(help="The method that the others are tested against.")] = "handcrafted",
+    value: Annotated[Value, typer.Option(help="What to tabulate; cost is in seconds.")] = Value.test_error,
     out: Annotated[Path | None, typer.Option(help="File to write; printed by default.")] = None,
 ) -> None:
-    """Write stored results as a table for a paper: methods down, tasks across, test errors at the end of training.
+    """Write stored results as a table for a paper: methods down, tasks across, errors at the end of training.
 
     Each cell is the mean over seeds ± half its 95 % bootstrap interval; the lowest of a task is bold. An arrow marks a
     method that is lower (↓) or higher (↑) than the reference on the same seeds: Wilcoxon's signed-rank test, Holm's
     correction over the methods of a task, p < .05. Fewer than six seeds never reach that.
 
         adalfl table results/comparison.parquet
+        adalfl table results/comparison.parquet --value cost
         adalfl table results/comparison.parquet --format latex --reference handcrafted-tuned --out table.tex
     """
     stored = pd.concat([_stored(path) for path in results], ignore_index=True)
@@ -254,11 +273,13 @@ def table_command(
     runs = final_errors(stored)
     if reference not in set(runs.method):
         _fail(f"no runs of the reference {reference!r} in the results; they have {', '.join(runs.method.unique())}")
+    if value not in runs:
+        _fail(f"the results have no column for {value}; they were not written by compare")
     caption = (
-        f"Test error, mean over seeds ± half a 95 % bootstrap interval; arrows: lower or higher than {reference}, "
+        f"{VALUES[value]}, mean over seeds ± half a 95 % bootstrap interval; arrows: lower or higher than {reference}, "
         "paired Wilcoxon test with Holm's correction, p < .05."
     )
-    text = render(_checked(comparison_table, runs, reference), format, caption)
+    text = render(_checked(comparison_table, runs, reference, value.value), format, caption)
     if out is None:
         print(text, end="")
         return

@@ -168,10 +168,16 @@ def write_results(results: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def final_errors(results: pd.DataFrame) -> pd.DataFrame:
-    """The last row of every job: one row per (task, method, seed), with a column ``diverged``."""
+    """The last row of every job: one row per (task, method, seed), with the columns ``diverged`` and ``cost``.
+
+    ``cost`` is in seconds, everything before the training and the training itself, evaluation left out.
+    """
     results = results.reset_index(drop=True)
     last = results.groupby(["task", "method", "seed"], sort=False)["step"].idxmax()
-    return results.loc[last].assign(diverged=lambda rows: ~np.isfinite(rows.test_error)).reset_index(drop=True)
+    found = results.loc[last].assign(diverged=lambda rows: ~np.isfinite(rows.test_error)).reset_index(drop=True)
+    if {"initialisation_seconds", "seconds"} <= set(found):
+        found["cost"] = found.initialisation_seconds + found.seconds
+    return found
 
 
 @cache

@@ -161,13 +161,15 @@ def prepare(
         task = tune_learning_rate(task, data, seed, device)
     if how.train_on_valid:
         data = replace(data, train=_joined(data.train, data.valid))
-    schedule = None
     if how.replays:
-        replayed = prepare(task, data, how.replays, seed, device=device, shared=shared)
+        replayed = prepare(task, data, how.replays, seed, device=device, shared=shared, progress=progress)
+        started = time.perf_counter()
         schedule = implied_schedule(replayed, how.replays, seed, device)
+        seconds = replayed.seconds + time.perf_counter() - started  # also where the initialisation was shared
+        return Prepared(handcrafted_loss(how.loss, task, data), task, data, schedule, 0, 0, seconds)
     if how.loss not in LEARNED_LOSSES and not how.learned_rate:
         loss = handcrafted_loss(how.loss, task, data)
-        return Prepared(loss, task, data, schedule, 0, 0, time.perf_counter() - started)
+        return Prepared(loss, task, data, None, 0, 0, time.perf_counter() - started)
     key = (how.loss, how.learned_rate, how.meta_batches)
     if key not in shared:
         found = initialised(task, data, seed, method=how, device=device, progress=progress)
@@ -175,8 +177,8 @@ def prepare(
     learned, *numbers = shared[key]
     if isinstance(learned, LearningRate):
         task = task.with_(learning_rate=learned.rates[0])
-        return Prepared(handcrafted_loss(how.loss, task, data), task, data, schedule, *numbers)
-    return Prepared(copy.deepcopy(learned), task, data, schedule, *numbers)
+        return Prepared(handcrafted_loss(how.loss, task, data), task, data, None, *numbers)
+    return Prepared(copy.deepcopy(learned), task, data, None, *numbers)
 
 
 def train(

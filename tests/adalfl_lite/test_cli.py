@@ -217,6 +217,14 @@ def test_table_writes_the_means_of_a_stored_comparison(comparison, tmp_path, for
     assert (tmp_path / "table").read_text(encoding="utf-8") == text
 
 
+def test_table_tells_what_a_method_costs(comparison):
+    last = final_errors(pd.read_parquet(comparison[0] / "comparison.parquet"))
+    text = succeeds("table", comparison[0] / "comparison.parquet", "--value", "cost")
+    assert "Seconds of computing" in text
+    rows = last[(last.task == "wine") & (last.method == "offline")]
+    assert f"{(rows.initialisation_seconds + rows.seconds).mean():.4f}" in text
+
+
 def test_table_joins_the_results_that_come_with_the_book():
     folder = Path(__file__).parents[2] / "book" / "results"
     text = succeeds("table", folder / "bundled.parquet", folder / "mnist.parquet")

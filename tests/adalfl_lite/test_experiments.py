@@ -121,6 +121,7 @@ def test_every_method_starts_from_the_same_model_and_ends_somewhere_else(results
 def test_methods_that_start_from_the_same_loss_share_its_initialisation(results):
     seconds = {method: rows(results, method).initialisation_seconds.iloc[0] for method in EVERY}
     assert seconds["offline"] == seconds["online"]
+    assert seconds["rate-replay"] > seconds["online"]  # it needed that initialisation too
     assert len({seconds[method] for method in ("ml3", "online", "online-train")}) == 3
 
 
