@@ -38,8 +38,8 @@ from adalfl_lite.online import OnlineLoss
 from adalfl_lite.tasks import Task
 from adalfl_lite.training import Callback, evaluate, fit
 
-TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""handcrafted-tuned tries the task's learning rate times each of these."""
+TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""A tuned method tries the task's learning rate times each of these."""
 
 INITIALISATION_STEPS = 2500
 MAX_REHEARSAL_STEPS = 1000
@@ -87,7 +87,7 @@ METHODS = {
         "adalfl", "the same, with meta batches from the train split only", online=True, meta_batches="train"
     ),
     "handcrafted-tuned": Method(
-        "task", "the task loss, its learning rate the one of five with the lowest validation error", tuned=True
+        "task", "the task loss, its learning rate the one of seven with the lowest validation error", tuned=True
     ),
     "handcrafted-all": Method("task", "the task loss, trained on the train and the valid split", train_on_valid=True),
     "rate-offline": Method(
@@ -97,6 +97,9 @@ METHODS = {
         "task", "the same, adapted after every step on validation data (Algorithm 4)", learned_rate=True, online=True
     ),
     "rate-replay": Method("task", "the task loss under the schedule that online implied", replays="online"),
+    "label-smoothing-tuned": Method(
+        "label-smoothing", "label smoothing (.1), its learning rate tuned alike", tuned=True, kinds=CLASSIFICATION
+    ),
     **{name: Method(name, summary(loss), kinds=kinds) for name, (loss, kinds) in FIXED.items()},
     "dynamical": Method(
         "dynamical", "cross-entropy whose class weights rise and fall in turn, ten times each", kinds=CLASSIFICATION
@@ -158,7 +161,7 @@ def prepare(
     """
     how, shared, started = get_method(method), {} if shared is None else shared, time.perf_counter()
     if how.tuned:
-        task = tune_learning_rate(task, data, seed, device)
+        task = tune_learning_rate(task, data, seed, handcrafted_loss(how.loss, task, data), device)
     if how.train_on_valid:
         data = replace(data, train=_joined(data.train, data.valid))
     if how.replays:
@@ -333,8 +336,8 @@ def implied_schedule(prepared: Prepared, method: str, seed: int, device: str) ->
     return steps, multipliers
 
 
-def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu") -> Task:
-    """The task with the learning rate whose full run with the task loss ends with the lowest validation error."""
+def tune_learning_rate(task: Task, data: Dataset, seed: int, loss: Loss, device: str = "cpu") -> Task:
+    """The task with the learning rate whose full run with ``loss`` ends with the lowest validation error."""
     scores = []
     for factor in TUNING_FACTORS:
         candidate = task.with_(learning_rate=task.learning_rate * factor)
@@ -342,7 +345,7 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
         try:
             fit(
                 model,
-                task_loss(data.kind),
+                loss,
                 data,
                 optimizer=optimizer,
                 steps=task.steps,
@@ -354,9 +357,9 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, device: str = "cpu"
             )
         except FloatingPointError:
             continue
-        error, loss = evaluate(model, data.valid.to(device), data.kind)
-        if math.isfinite(error) and math.isfinite(loss):
-            scores.append((error, loss, candidate))
+        error, level = evaluate(model, data.valid.to(device), data.kind)
+        if math.isfinite(error) and math.isfinite(level):
+            scores.append((error, level, candidate))
     if not scores:
         raise FloatingPointError(f"{task.name} diverged with every learning rate; lower the task's own")
     return min(scores, key=lambda score: score[:2])[2]
