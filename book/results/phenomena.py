@@ -79,10 +79,10 @@ class Setting:
 
 DIGITS = get_task("digits").with_(steps=1000)
 SETTINGS = {
-    "digits": Setting(DIGITS, seeds=10),
+    "digits": Setting(DIGITS, seeds=4),
     "noisy-digits": Setting(
         DIGITS.with_(learning_rate=0.03),
-        seeds=5,
+        seeds=3,
         wrong_labels=0.2,
         only=(
             *("handcrafted", "rate x3", "rate x10", "rate x30", "constant", "schedule", "frozen at 0"),
@@ -92,7 +92,7 @@ SETTINGS = {
     ),
     "mnist-lenet5": Setting(
         get_task("mnist-lenet5").with_(steps=600, learning_rate=0.1),
-        seeds=3,
+        seeds=2,
         initialisation_steps=300,
         rehearsals=3,
         rehearsal_steps=200,
