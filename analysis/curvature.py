@@ -39,8 +39,11 @@ from torch.func import functional_call, grad, grad_and_value, vjp, vmap
 from analysis.inputs import Batch, Loss, as_batches, evaluation_copy
 from analysis.plotting import PALETTE
 
-with warnings.catch_warnings():  # a dependency of curvlinops decorates functions by torch.jit.script as it is imported
-    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+TORCHSCRIPT = ("`torch.jit.script` is deprecated", FutureWarning)
+"""A warning of torch about itself: as a dependency of curvlinops is imported, and at the first forward-mode pass."""
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", *TORCHSCRIPT)
     from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace, hutchpp_trace
     from curvlinops.papyan2020traces.spectrum import fast_lanczos, lanczos_approximate_spectrum_from_iter
 
@@ -365,7 +368,9 @@ def _operator(
         cuda = operator.device.type == "cuda"
         generator = torch.cuda.default_generators[operator.device.index] if cuda else torch.default_generator
         generator.manual_seed(seed)
-        yield operator, parameters
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", *TORCHSCRIPT)
+            yield operator, parameters
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

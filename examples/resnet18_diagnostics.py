@@ -30,7 +30,7 @@ def smoothed(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(prediction, target, label_smoothing=0.1)
 
 
-def main(folder: Path, images: int = 16, size: int = 32, steps: int = 4, points: int = 7, nodes: int = 8) -> None:
+def main(folder: Path, images: int = 8, size: int = 32, steps: int = 4, points: int = 5, nodes: int = 6) -> None:
     """Train ``steps`` steps on ``images`` random images of ``size`` pixels, and save the figures.
 
     The plane has ``points`` positions per axis, the lines twice as many; the spectra take ``nodes`` Lanczos steps.
@@ -92,6 +92,6 @@ def main(folder: Path, images: int = 16, size: int = 32, steps: int = 4, points:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to save the figures; made if missing")
-    for name, default in (("images", 16), ("size", 32), ("steps", 4), ("points", 7), ("nodes", 8)):
+    for name, default in (("images", 8), ("size", 32), ("steps", 4), ("points", 5), ("nodes", 6)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     main(**vars(parser.parse_args()))
