@@ -23,7 +23,7 @@ Read the modules in this order, which is also the direction of every import:
 
 from adalfl_lite.data import load_dataset
 from adalfl_lite.ensemble import fit_seeds
-from adalfl_lite.initialisation import Initialisation, initialise
+from adalfl_lite.initialisation import Initialisation, endless, initialise
 from adalfl_lite.learning_rate import OnlineLearningRate
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.metagradient import MetaStep
@@ -40,6 +40,7 @@ __all__ = [
     "OnlineLearningRate",
     "OnlineLoss",
     "build_model",
+    "endless",
     "evaluate",
     "fit",
     "fit_seeds",

@@ -267,8 +267,8 @@ def imitate(
     return error.item()
 
 
-def endless(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """Repeat a loader for ever; ``ValueError`` naming it if it yields nothing."""
+def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]:
+    """Repeat a loader for ever, so that no epoch's end cuts a loop short; ``ValueError`` naming it if it is empty."""
     while True:
         empty = True
         for batch in batches:
