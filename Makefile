@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint clean constraints
+.PHONY: help setup book test trust lint clean constraints
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,10 @@ book: $(READY)  ## build the book from nothing, running every chapter
 
 test: $(READY)  ## run all tests, the slow ones last
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+trust: $(READY)  ## what can go wrong, tried: bad input, kills, damaged files, properties, mutants; prints the counts
+	$(BIN)/python -m pytest tests/trust $(PYTEST_ARGS)
+	$(BIN)/python tests/trust/mutants.py
 
 lint: $(READY)  ## ruff, codespell and mypy
 	$(BIN)/ruff check .

@@ -304,7 +304,7 @@ ANALYSIS = [
     for group, cases in (("data", DATA), ("losses", LOSSES), ("online", ONLINE), ("training", TRAINING), ("analysis", ANALYSIS))
     for case in cases
 ])  # fmt: skip
-def test_refused(case, tmp_path):
+def test_refused(case, tmp_path, counts):
     given = Given(tmp_path)
     before = [parameter.detach().clone() for parameter in given.model.parameters()]
     with pytest.raises(case.error) as caught:
@@ -315,6 +315,7 @@ def test_refused(case, tmp_path):
             assert torch.isfinite(value).all()
         else:
             assert torch.equal(value, old), "work was done before the refusal"
+    counts["bad inputs refused"] += 1
 
 
 COMMANDS = [
@@ -338,7 +339,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), COMMANDS, ids=[" ".join(arguments) for arguments, _ in COMMANDS])
-def test_refused_by_the_command_line(arguments, message, tmp_path, monkeypatch):
+def test_refused_by_the_command_line(arguments, message, tmp_path, monkeypatch, counts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADALFL_DATA", raising=False)
     (tmp_path / "FILE").write_text("not a table")
@@ -346,6 +347,7 @@ def test_refused_by_the_command_line(arguments, message, tmp_path, monkeypatch):
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
     assert re.search(message, result.stderr, re.DOTALL), result.stderr
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["FILE"]
+    counts["bad inputs refused"] += 1
 
 
 def test_the_table_is_long_enough():

@@ -1,0 +1,182 @@
+"""Mutation testing: change one thing in a module, run its tests, and see whether they notice.
+
+    python tests/trust/mutants.py                 # a seeded sample of each module below
+    python tests/trust/mutants.py --sample 1000   # all of them; takes an hour
+    python tests/trust/mutants.py --only updates  # one module
+
+A mutant is a comparison, an arithmetic or logical operator, a number, a flag, a condition or a whole call turned into
+another. It lives in a process forked from one that has torch imported, so no file is touched. Survivors are listed:
+each is a test to write, or a change that makes no difference.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.machinery
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = {
+    "adalfl_lite.updates": ["tests/adalfl_lite/test_updates.py", "tests/adalfl_lite/test_metagradient.py"],
+    "adalfl_lite.metagradient": ["tests/adalfl_lite/test_metagradient.py", "tests/adalfl_lite/test_online.py"],
+    "analysis.effective_lr": ["tests/analysis/test_effective_lr.py"],
+    "analysis.label_smoothing": ["tests/analysis/test_label_smoothing.py"],
+}
+PRELOADED = (
+    "torch",
+    "torch._dynamo",
+    "torch.func",
+    "torchvision",
+    "torchmetrics",
+    "sklearn.datasets",
+    "seaborn",
+    "hypothesis",
+)
+NEEDED = 0.8
+SECONDS = 240  # a mutant that takes longer is one that hangs
+
+SWAPS = {
+    **{ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
+    **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And},
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult},
+}
+
+
+class Mutator(ast.NodeTransformer):
+    """Changes the ``chosen``-th place that can be changed, and counts them all."""
+
+    def __init__(self, chosen: int = -1):
+        self.chosen, self.count, self.what = chosen, 0, ""
+
+    def _change(self, node: ast.AST, what: str) -> bool:
+        self.count += 1
+        if self.count - 1 == self.chosen:
+            self.what = f"line {node.lineno}: {what}"  # type: ignore[attr-defined]
+            return True
+        return False
+
+    def _swap(self, node: ast.AST, operator: ast.AST) -> ast.AST:
+        new = SWAPS.get(type(operator))
+        changed = new and self._change(node, f"{type(operator).__name__} -> {new.__name__}")
+        return new() if changed else operator  # type: ignore[misc]
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        union = isinstance(node.op, ast.BitOr)
+        node.op = node.op if union else self._swap(node, node.op)  # type: ignore[assignment]
+        return node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        node.op = self._swap(node, node.op)  # type: ignore[assignment]
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        node.ops[0] = self._swap(node, node.ops[0])  # type: ignore[call-overload]
+        return node
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        self.generic_visit(node)
+        dropped = isinstance(node.op, ast.Not | ast.USub) and self._change(node, f"{type(node.op).__name__} dropped")
+        return node.operand if dropped else node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if isinstance(node.value, bool):
+            return ast.Constant(not node.value) if self._change(node, f"{node.value} -> {not node.value}") else node
+        if isinstance(node.value, int | float) and self._change(node, f"{node.value} -> {node.value + 1}"):
+            return ast.Constant(node.value + 1)
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        if self._change(node, "condition negated"):
+            node.test = ast.UnaryOp(ast.Not(), node.test)
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        if isinstance(node.value, ast.Constant):
+            return node  # a docstring
+        self.generic_visit(node)
+        return ast.Pass() if self._change(node, f"{ast.unparse(node)[:50]} dropped") else node
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return node  # the wording of an error
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if node.name.startswith("plot_"):
+            return node  # looked at, not computed with
+        node.body = [self.visit(statement) for statement in node.body]  # not the annotations
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.value = self.visit(node.value) if node.value else None
+        return node
+
+
+def mutated(source: str, chosen: int) -> tuple[ast.Module, Mutator]:
+    """The module with one place changed, and what was changed in it."""
+    mutator = Mutator(chosen)
+    return ast.fix_missing_locations(mutator.visit(ast.parse(source))), mutator
+
+
+def killed(name: str, tree: ast.Module, tests: list[str]) -> bool:
+    """Whether the tests fail with ``tree`` in the place of the module, in a process of their own."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] != 0
+    signal.alarm(SECONDS)
+    real = importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(loader, fullname):  # type: ignore[no-untyped-def]
+        return compile(tree, loader.path, "exec") if fullname == name else real(loader, fullname)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", str(ROOT)]
+        os._exit(int(pytest.main([*options, *tests])))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=15, help="mutants per module")
+    parser.add_argument("--only", default="", help="part of a module's name")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    for module in PRELOADED:
+        importlib.import_module(module)
+    importlib.import_module("torch").set_num_threads(1)
+    tried, dead = 0, 0
+    for name, tests in MODULES.items():
+        if options.only not in name:
+            continue
+        source = (ROOT / name.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        if killed(name, ast.parse(source), tests):
+            sys.exit(f"{name}: the tests fail without a mutation; run {' '.join(tests)} first")
+        places = mutated(source, -1)[1].count
+        chosen = sorted(random.Random(options.seed).sample(range(places), min(options.sample, places)))
+        survivors = []
+        for place in chosen:
+            tree, mutator = mutated(source, place)
+            if not killed(name, tree, tests):
+                survivors.append(mutator.what)
+        tried, dead = tried + len(chosen), dead + len(chosen) - len(survivors)
+        print(f"{name}: {len(chosen) - len(survivors)} of {len(chosen)} killed ({places} possible)", flush=True)
+        for what in survivors:
+            print(f"    survived: {what}", flush=True)
+    print(f"{dead:6d}  mutants killed, of {tried}")
+    return int(dead < NEEDED * tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
