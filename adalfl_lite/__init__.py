@@ -6,6 +6,7 @@ Read the modules in this order, which is also the direction of every import:
     closed_form     the derivatives of a loss network that learning it needs
     updates         torch's optimizers as pure functions, and their derivatives
     tangents        how the outputs move when the parameters move
+    distributed     several processes that learn as one
     metagradient    one step of the model and ∇_φ of what it led to
     online          Algorithm 2: the drop-in step
     initialisation  Algorithm 1

@@ -150,7 +150,7 @@ Activated = tuple[Tensor, Tensor, Tensor | None, float]
 
 def _smooth_leaky_relu(activation: SmoothLeakyReLU, z: Tensor) -> Activated:
     beta, gamma = activation.beta, activation.gamma
-    sigmoid = torch.sigmoid(beta * z)
+    sigmoid = (beta * z).sigmoid_()
     derivative = torch.lerp(sigmoid, torch.ones((), dtype=z.dtype, device=z.device), gamma)
     # log(1 + e^x) = x − log sigmoid(x), three times as fast; where that rounds, the value is near 0
     tiny = torch.finfo(z.dtype).tiny

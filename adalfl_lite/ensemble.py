@@ -78,6 +78,8 @@ def fit_seeds(
     metas = [BatchSampler(len(meta[0]), min(batch_size, len(meta[0])), seed + 1) for seed in seeds]
     evaluate_every = evaluate_every or max(1, steps // 20)
 
+    # Freed at once, this has glibc keep the memory of a step for the next one instead of handing it back each time.
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     stack = Stack(models)
     optimizer = make_optimizer(stack.parameters)
     if type(optimizer) not in RULES:

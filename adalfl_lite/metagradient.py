@@ -26,15 +26,17 @@ the meta batch passes through the model in its current mode and leaves buffers a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_finite, check_scalar, check_trainable
 from adalfl_lite.closed_form import layers_of, mixed_derivative
+from adalfl_lite.distributed import average
 from adalfl_lite.losses import Loss, LossNetwork
 from adalfl_lite.tangents import finite_difference_tangent, forward, output_tangent
 from adalfl_lite.updates import (
@@ -51,15 +53,15 @@ Batch = tuple[Tensor, Tensor]
 class MetaStep:
     """What one step leaves behind; θ and the optimizer state have been updated in place."""
 
-    meta_gradient: list[Tensor]
+    meta_gradient: list[Tensor] = field(repr=False)
     """∇_φ L_T, one tensor per parameter of the loss network that requires a gradient."""
     learned_loss: Tensor
     """M_φ on the training batch before the update, a scalar."""
     task_loss: Tensor
     """L_T on the meta batch after the update, a scalar."""
-    prediction: Tensor
+    prediction: Tensor = field(repr=False)
     """Training output f before the update, (B, C)."""
-    output_tangent: Tensor | None
+    output_tangent: Tensor | None = field(repr=False)
     """u of equation (2), (B, C); None from ``unrolled_step``, or where f does not depend on θ."""
 
 
@@ -73,6 +75,7 @@ def forward_mode_step(
     *,
     finite_difference: bool = False,
     autocast: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> MetaStep:
     """One base step with M_φ and its meta-gradient by equations (1) to (3).
 
@@ -85,10 +88,12 @@ def forward_mode_step(
         task_loss: L_T, called as (prediction, target) -> scalar.
         finite_difference: approximate u by one more forward pass, see :mod:`adalfl_lite.tangents`.
         autocast: dtype for the model's passes; the losses see float32 predictions.
+        process_group: processes that hold equal shares of the batches, see :mod:`adalfl_lite.distributed`.
     """
     training = _training_pass(model, batch, autocast)
     arguments = (model, loss_network, optimizer, training, meta_batch, task_loss)
-    return _step(*arguments, finite_difference=finite_difference, keep=False, autocast=autocast)[0]
+    options: dict[str, Any] = {"autocast": autocast, "group": process_group}
+    return _step(*arguments, finite_difference=finite_difference, keep=False, **options)[0]
 
 
 def shared_forward_step(
@@ -101,6 +106,7 @@ def shared_forward_step(
     kept: ForwardPass | None = None,
     *,
     autocast: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[MetaStep, ForwardPass]:
     """:func:`forward_mode_step` with the next training batch as its meta batch, and the pass over it, kept.
 
@@ -111,7 +117,7 @@ def shared_forward_step(
     fits = kept is not None and kept.fits(model, batch)
     training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, batch, autocast)
     arguments = (model, loss_network, optimizer, training, next_batch, task_loss)
-    return _step(*arguments, finite_difference=False, keep=True, autocast=autocast)
+    return _step(*arguments, finite_difference=False, keep=True, autocast=autocast, group=process_group)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ def _step(
     finite_difference: bool,
     keep: bool,
     autocast: torch.dtype | None,
+    group: ProcessGroup | None,
 ) -> tuple[MetaStep, ForwardPass]:
     names = trained_parameter_names(model, optimizer)
     parameters = optimizer_parameters(optimizer)
@@ -155,9 +162,12 @@ def _step(
     prediction = training.prediction.detach()
 
     derivative = _OutputDerivative(loss_network, prediction, targets)
-    _check_early(derivative.loss, model, training.buffers)
+    (learned_loss,) = average([derivative.loss], group)
+    _check_early(learned_loss, model, training.buffers)
     gradients = _gradients(training.prediction, parameters, grad_outputs=derivative.value)
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    for i, gradient in zip(reached, average([g for g in gradients if g is not None], group), strict=True):
+        gradients[i] = gradient
     pullback = update_pullback(optimizer, gradients)
     _apply(optimizer, parameters, gradients)
     del gradients
@@ -166,7 +176,7 @@ def _step(
     meta_loss = task_loss(meta.prediction, meta_batch[1])
     moved = [parameters[i] for i in reached]
     v = torch.autograd.grad(meta_loss, moved, retain_graph=keep, allow_unused=True, materialize_grads=True)
-    w = pullback(v)
+    w = pullback(average(v, group))
     del v
 
     tangents = {names[i]: (before[i], direction) for i, direction in zip(reached, w, strict=True)}
@@ -181,8 +191,8 @@ def _step(
     training.new_random.restore()
 
     meta_gradient = derivative.gradient_along(torch.zeros_like(prediction) if tangent is None else tangent)
-    result = MetaStep(meta_gradient, derivative.loss, meta_loss.detach(), prediction, tangent)
-    return result, meta
+    *meta_gradient, meta_loss = average([*meta_gradient, meta_loss.detach()], group)
+    return MetaStep(meta_gradient, learned_loss, meta_loss, prediction, tangent), meta
 
 
 class _OutputDerivative:

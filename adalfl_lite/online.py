@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_batch, check_finite, check_values
+from adalfl_lite.distributed import start_equal
 from adalfl_lite.losses import Loss, task_loss
 from adalfl_lite.metagradient import (
     Batch,
@@ -44,6 +46,9 @@ class OnlineLoss:
         engine: "forward" (exact, fast), "shared" (the same, faster where the meta batch is the next training batch),
             "finite-difference" (approximate, faster) or "unrolled" (reference), see :mod:`adalfl_lite.metagradient`.
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
+        process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: every process hands an equal
+            share of each batch to :meth:`step`, and all learn as one process with the whole batches would. They start
+            from the first one's θ and φ. BatchNorm sees the shares, as in torch's own data parallelism.
 
     Raises:
         ValueError, TypeError: something above cannot work, with the reason.
@@ -61,6 +66,7 @@ class OnlineLoss:
         clip_meta_gradient: float | None = None,
         engine: str = "forward",
         autocast: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
@@ -75,7 +81,12 @@ class OnlineLoss:
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
         self.task_loss = task_loss or default_task_loss(loss_network)
         self.clip_meta_gradient, self.engine, self.autocast = clip_meta_gradient, engine, autocast
+        self.process_group = process_group
         self._kept: ForwardPass | None = None
+        if process_group is not None:
+            if engine == "unrolled":
+                raise ValueError("engine='unrolled' runs in one process; leave process_group out")
+            start_equal([model, loss_network], process_group)
 
     def step(self, batch: Batch, meta_batch: Batch) -> MetaStep:
         """One update of θ on ``batch``, then one of φ on ``meta_batch``; each is (inputs, targets).
@@ -108,12 +119,20 @@ class OnlineLoss:
     def meta_gradient(self, batches: Sequence[Batch], meta_batch: Batch) -> MetaStep:
         """Update θ on ``batches`` (one inner step each) and return ∇_φ L_T, leaving φ alone."""
         arguments = (self.model, self.loss_network, self.optimizer)
+        if len(batches) != 1 and self.process_group is not None:
+            raise ValueError(f"with a process_group one inner step is taken at a time, got {len(batches)} batches")
         if self.engine == "unrolled" or len(batches) != 1:
             return unrolled_step(*arguments, batches, meta_batch, self.task_loss, autocast=self.autocast)
         if self.engine == "shared":
             kept, self._kept = self._kept, None  # not to be used twice, should this step fail
             result, self._kept = shared_forward_step(
-                *arguments, batches[0], meta_batch, self.task_loss, kept, autocast=self.autocast
+                *arguments,
+                batches[0],
+                meta_batch,
+                self.task_loss,
+                kept,
+                autocast=self.autocast,
+                process_group=self.process_group,
             )
             return result
         return forward_mode_step(
@@ -123,6 +142,7 @@ class OnlineLoss:
             self.task_loss,
             finite_difference=self.engine == "finite-difference",
             autocast=self.autocast,
+            process_group=self.process_group,
         )
 
     def apply_meta_gradient(self, result: MetaStep) -> None:

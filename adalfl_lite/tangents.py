@@ -72,14 +72,15 @@ def finite_difference_tangent(
 ) -> Tensor:
     """u ≈ (f(θ + εw) − f(θ)) / ε, (B, C), with f(θ) given as ``prediction``; arguments as above.
 
-    The step ε = √δ (1 + ‖θ‖) / ‖w‖ balances rounding against curvature, δ being the machine precision of the pass.
+    The step ε = √δ (1 + ‖θ‖) / 10‖w‖ balances rounding, δ being the precision of the pass, against curvature and the
+    kinks of ReLU and max pooling.
     """
     theta, w = (torch._foreach_norm([pair[i] for pair in tangents.values()]) for i in (0, 1))
     length = torch.stack(w).norm()
     if length == 0:
         return torch.zeros_like(prediction)
     precision = torch.finfo(autocast or prediction.dtype).eps
-    epsilon = precision**0.5 * (1 + torch.stack(theta).norm()) / length
+    epsilon = 0.1 * precision**0.5 * (1 + torch.stack(theta).norm()) / length
     moved = {name: theta + epsilon * w for name, (theta, w) in tangents.items()}
     return (forward(model, {**state, **moved}, inputs, autocast) - prediction) / epsilon
 

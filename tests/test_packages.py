@@ -14,6 +14,7 @@ METHOD = (
     "closed_form",
     "updates",
     "tangents",
+    "distributed",
     "metagradient",
     "online",
     "initialisation",
