@@ -8,7 +8,9 @@ For example::
 
 Three promises hold for every data set: the three splits share no row and together use every row once; whatever is
 estimated (means, standard deviations) is estimated on the train split alone; and a file is read only if it is there
-and, where a checksum is known, intact. Nothing is downloaded unless asked for.
+and, where a checksum is known, intact. Nothing is downloaded unless asked for. Two sources are pickles, which could run
+code: CIFAR's, whose checksums are compared before they are read, and California Housing's, which scikit-learn writes
+itself in a form of its own version; use no copy of that one but yours.
 
 =============  ==============  ==================================  ================================
 name           kind            source                              read from, below ``root``

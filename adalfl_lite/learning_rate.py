@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adalfl_lite.checks import check_counts
+from adalfl_lite.checks import check_batch, check_counts, check_finite
 from adalfl_lite.initialisation import (
     VALIDATION_BATCHES,
     Initialisation,
@@ -155,12 +155,13 @@ class OnlineLearningRate:
 
         Raises:
             FloatingPointError: a loss or the hypergradient is not finite; α is left unchanged.
+            ValueError: a batch is not what the model takes.
         """
+        check_batch(batch, "batch", self.model)
+        check_batch(meta_batch, "meta_batch", self.model)
         result = self.meta_gradient(batch, meta_batch)
         named = {"loss": result.learned_loss, "task loss": result.task_loss, "hypergradient": result.meta_gradient[0]}
-        for name, tensor in named.items():
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"the {name} is not finite after this step; lower the base learning rate")
+        check_finite(named, self.model)
         self.learning_rate.log_rates.grad = result.meta_gradient[0]
         self.meta_optimizer.step()
         self.learning_rate.log_rates.grad = None
