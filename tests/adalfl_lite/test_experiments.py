@@ -95,7 +95,7 @@ def test_one_history_per_method_with_its_labels(results):
         tried = set(history.initialisation_steps)
         assert tried == {40 if method in INITIALISED else 12 if method == "taylorglo" else 0} or method == "evomal"
         assert history.initialisation_chosen_step.iloc[0] in range(41 if method in INITIALISED else 1)
-        own_rate = method == "handcrafted-tuned" or METHODS[method].learned_rate
+        own_rate = METHODS[method].tuned or METHODS[method].learned_rate
         assert (history.learning_rate == IRIS.learning_rate).all() or own_rate or method == "rate-replay"
         assert (history.learning_rate.nunique() > 1) == (method in ("rate-online", "rate-replay"))
 
@@ -106,7 +106,7 @@ def test_every_method_for_regression_runs_too(regression):
         assert history.step.tolist() == list(range(0, 41, 2))
         assert np.isfinite(history[["valid_error", "test_error"]].to_numpy()).all()
     assert set(METHODS) - set(regression.method) == {
-        *("label-smoothing", "focal", "poly1", "generalised-ce", "symmetric-ce", "dynamical")
+        *("label-smoothing", "label-smoothing-tuned", "focal", "poly1", "generalised-ce", "symmetric-ce", "dynamical")
     }
     assert set(METHODS) - set(EVERY) == {"huber", "log-cosh"}
 
