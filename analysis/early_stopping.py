@@ -22,7 +22,7 @@ from torch import nn
 
 from analysis.effective_lr import effective_learning_rate
 from analysis.gradients import Data, on_device
-from analysis.inputs import Loss, preserved
+from analysis.inputs import Loss, preserved, require_columns
 from analysis.plotting import PALETTE, label, legend_above, plain_ticks
 
 MEASURES = {"scale": "c", "gradient_norm": "‖∇M‖", "task_gradient_norm": "‖∇L‖"}
@@ -147,10 +147,7 @@ def _mean_loss(model: nn.Module, task_loss: Loss, data: Data) -> float:
 
 def _ordered(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The columns behind step, in the order of the steps, checked."""
-    if missing := [column for column in ("step", *columns) if column not in frame]:
-        raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
-    if not len(frame):
-        raise ValueError("the frame has no rows")
+    require_columns(frame, "step", *columns)
     if frame["step"].duplicated().any():
         raise ValueError("a step occurs more than once; select one run")
     for column in columns:

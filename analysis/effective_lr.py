@@ -27,7 +27,7 @@ from matplotlib.colors import LogNorm, Normalize
 from torch import Tensor, nn
 
 from analysis.gradients import Data, State, flat, layers, mean_gradients
-from analysis.inputs import Loss
+from analysis.inputs import Loss, require_columns
 from analysis.plotting import DIVERGING, SEQUENTIAL, colours, label, legend_above, plain_ticks
 
 
@@ -135,7 +135,7 @@ def implied_schedule(frame: pd.DataFrame, learning_rate: float | Callable[[int],
         0     0    2.0            0.1          0.20
         1   100    0.5            0.1          0.05
     """
-    _check(frame, "step", "scale")
+    require_columns(frame, "step", "scale")
     rates = [learning_rate(step) if callable(learning_rate) else learning_rate for step in frame["step"]]
     if wrong := [rate for rate in rates if not 0 < rate < np.inf]:
         raise ValueError(f"learning_rate must be positive and finite, got {wrong[0]}")
@@ -148,13 +148,6 @@ def _measure(gradient: Tensor, task_gradient: Tensor) -> EffectiveLR:
     cosine = (gradient / norms[0]) @ (task_gradient / norms[1])
     ratio = residual.norm() / norms[0]
     return EffectiveLR(scale, cosine.item(), residual.norm().item(), ratio.item(), norms[0].item(), norms[1].item())
-
-
-def _check(frame: pd.DataFrame, *columns: str) -> None:
-    if missing := [column for column in columns if column not in frame]:
-        raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
-    if not len(frame):
-        raise ValueError("the frame has no rows")
 
 
 def plot_schedule(
@@ -182,7 +175,7 @@ def plot_schedule(
         >>> frame = pd.DataFrame({"step": [0, 50, 100], "scale": [2.0, 3.0, 0.5]})
         >>> ax = plot_schedule(implied_schedule(frame, learning_rate=0.1))
     """
-    _check(frame, "step", y, *([hue] if hue else []))
+    require_columns(frame, "step", y, *([hue] if hue else []))
     if frame.duplicated(["step", *([hue] if hue else [])]).any():
         raise ValueError("a step occurs more than once in a line; select one run, or tell lines apart by hue")
     ax = plt.gca() if ax is None else ax
@@ -226,7 +219,7 @@ def plot_layer_schedule(frame: pd.DataFrame, ax: Axes | None = None, y: str = "s
         >>> frame = pd.DataFrame({"step": [0, 0, 9, 9], "layer": ["a", "b"] * 2, "scale": [2.0, 3.0, 1.0, 0.5]})
         >>> ax = plot_layer_schedule(frame)
     """
-    _check(frame, "step", "layer", y)
+    require_columns(frame, "step", "layer", y)
     if frame.duplicated(["step", "layer"]).any():
         raise ValueError("a layer occurs more than once at a step; select one run")
     if log and frame[y].min() <= 0:

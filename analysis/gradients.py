@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from analysis.inputs import Batch, Loss, as_batches, preserved
+from analysis.inputs import Batch, Loss, as_batches, preserved, require_columns
 from analysis.plotting import PALETTE, label, plain_ticks
 
 Data = Batch | Iterable[Batch]
@@ -343,9 +343,7 @@ def plot_layers(frame: pd.DataFrame, ax: Axes | None = None, x: str = "gradient_
         >>> data = torch.randn(16, 2), torch.randint(3, (16,))
         >>> ax = plot_layers(gradient_norms(model, nn.functional.cross_entropy, data))
     """
-    missing = {"layer", x} - set(frame)
-    if missing:
-        raise ValueError(f"the frame lacks the column {', '.join(sorted(missing))}; it has {', '.join(frame)}")
+    require_columns(frame, "layer", x)
     ax = plt.gca() if ax is None else ax
     if log:
         if not (frame[x] > 0).any():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -97,3 +98,11 @@ def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
         yield inputs, targets
     if position < 0:
         raise ValueError("no data: the loader or list of batches is empty")
+
+
+def require_columns(frame: pd.DataFrame, *columns: str) -> None:
+    """Raise ``ValueError`` unless ``frame`` has the columns and at least one row."""
+    if missing := [column for column in columns if column not in frame]:
+        raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
+    if not len(frame):
+        raise ValueError("the frame has no rows")

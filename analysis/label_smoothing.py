@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from analysis.gradients import Data, on_device
-from analysis.inputs import Batch, Loss, preserved
+from analysis.inputs import Batch, Loss, preserved, require_columns
 from analysis.plotting import PALETTE, SEQUENTIAL, label
 
 NEARLY_UNIFORM = 1e-6
@@ -198,7 +198,7 @@ def resting_point(frame: pd.DataFrame, classes: int) -> RestingPoint:
     """
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes}")
-    _require(frame, "probability", "gradient")
+    require_columns(frame, "probability", "gradient")
     frame = frame[frame["gradient"] != 0].sort_values("probability")
     if not len(frame):
         raise ValueError("no example has a gradient")
@@ -305,11 +305,6 @@ def _check(prediction: Tensor, target: Tensor) -> None:
         raise ValueError(f"classes {target.min()} to {target.max()} do not fit {prediction.shape[1]} logits")
 
 
-def _require(frame: pd.DataFrame, *columns: str) -> None:
-    if missing := [column for column in columns if column not in frame]:
-        raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
-
-
 def plot_label_smoothing(frame: pd.DataFrame, ax: Axes | None = None, identifiability: float = 0.2) -> Axes:
     """Draw ε over training, each point coloured by R²: dark points are no label smoothing, whatever their height.
 
@@ -328,7 +323,7 @@ def plot_label_smoothing(frame: pd.DataFrame, ax: Axes | None = None, identifiab
         >>> frame = pd.DataFrame({"step": [0, 50, 100], "epsilon": [0.3, 0.2, 0.1], "r2": [0.2, 0.8, 0.9]})
         >>> ax = plot_label_smoothing(frame.assign(identifiability=1.0))
     """
-    _require(frame, "step", "epsilon", "r2", "identifiability")
+    require_columns(frame, "step", "epsilon", "r2", "identifiability")
     frame = frame[np.isfinite(frame["epsilon"].astype(float)) & (frame["identifiability"] >= identifiability)]
     if not len(frame):
         raise ValueError(f"no step has an ε of identifiability {identifiability} or more; record later in training")

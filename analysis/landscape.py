@@ -426,7 +426,7 @@ def _axis(name: str, values: ArrayLike | None) -> np.ndarray:
 
 
 def plot_line(path: Line, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Draw the loss along a line.
+    """Draw the loss along a line, for example of :func:`line` or :func:`interpolate`; several share an ``ax``.
 
     Examples:
         >>> ax = plot_line(Line(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5) ** 2))
@@ -440,6 +440,12 @@ def plot_line(path: Line, ax: Axes | None = None, label: str | None = None) -> A
 
 def plot_plane(across: Plane, ax: Axes | None = None, levels: int = 25, log: bool = False) -> Axes:
     """Draw the contours of the loss in a plane, evenly spaced in the loss or, with ``log``, in its logarithm.
+
+    Args:
+        across: from :func:`plane`; what is NaN or infinite stays white.
+        ax: where to draw; the current axes if None.
+        levels: how many contours.
+        log: space them in the logarithm.
 
     Raises:
         ValueError: ``log`` with losses that are not positive, as learned losses may be; or no loss is finite.
@@ -473,7 +479,7 @@ def plot_trajectory(path: Trajectory, ax: Axes | None = None) -> Axes:
         >>> ax = plot_trajectory(Trajectory(np.array([[2, 1], [1, 0.2], [0, 0]]), np.array([0.9, 0.1]), ({}, {}), {}))
     """
     ax = plt.gca() if ax is None else ax
-    outline = [patheffects.withStroke(linewidth=4, foreground="white")]
+    outline = [patheffects.withStroke(linewidth=3, foreground="white")]
     ax.plot(*path.coordinates.T, color=PALETTE[1], path_effects=outline)
     ax.plot(*path.coordinates.T, "o", markersize=4, color=PALETTE[1])
     ax.plot(*path.coordinates[-1], "*", markersize=14, color=PALETTE[1], markeredgecolor="white")
