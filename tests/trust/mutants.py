@@ -161,9 +161,10 @@ def main() -> int:
         if options.only not in name:
             continue
         source = (ROOT / name.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
-        if killed(name, ast.parse(source), tests):
+        unchanged, counted = mutated(source, -1)
+        if killed(name, unchanged, tests):
             sys.exit(f"{name}: the tests fail without a mutation; run {' '.join(tests)} first")
-        places = mutated(source, -1)[1].count
+        places = counted.count
         chosen = sorted(random.Random(options.seed).sample(range(places), min(options.sample, places)))
         survivors = []
         for place in chosen:

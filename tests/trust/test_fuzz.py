@@ -67,7 +67,7 @@ def same_network(a, b):
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "network.pt"
-    network = LossNetwork.classification(hidden=(5,))
+    network = LossNetwork.classification()
     network.save(path)
     return path, path.read_bytes(), network
 
@@ -84,7 +84,9 @@ def train(path):
     torch.manual_seed(0)
     x, y = torch.randn(12, 2), torch.arange(12) % 2
     split = Split(x, y, torch.arange(12))
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = nn.Sequential(
+        nn.Linear(2, 400), nn.BatchNorm1d(400), nn.Linear(400, 2)
+    )  # weights, not names, fill the file
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = Dataset("few", "classification", split, split, split, 2, (2,))
     options = {"steps": 3, "batch_size": 6, "evaluate_every": 3, "progress": False, "checkpoint": path}
@@ -120,7 +122,13 @@ def test_a_checkpoint(damage, checkpoint, counts):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "results.parquet"
-    columns = {"task": "iris", "method": "online", "seed": range(20), "step": 7, "test_error": torch.rand(20).tolist()}
+    columns = {
+        "task": "iris",
+        "method": "online",
+        "seed": range(500),
+        "step": 7,
+        "test_error": torch.rand(500).tolist(),
+    }
     whole = pd.DataFrame(columns)
     write_results(whole, path)
     return path, path.read_bytes(), whole
