@@ -252,6 +252,17 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def profile(name: str, engine: str, batch_size: int) -> dict[str, float]:
+    """Milliseconds of the six heaviest operations of one step, and of the rest."""
+    step = ENGINES[engine](Setting(name, batch_size))
+    step()
+    with torch.profiler.profile() as found:
+        step()
+    spent = {event.key: event.self_cpu_time_total / 1e3 for event in found.key_averages()}
+    heaviest = dict(sorted(spent.items(), key=lambda item: -item[1])[:6])
+    return {**heaviest, "rest": sum(spent.values()) - sum(heaviest.values())}
+
+
 def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_memory: bool) -> list[dict]:
     """All three measurements of one model, one row per engine."""
     with_memory &= name not in ("mlp64", "lenet5")
@@ -273,6 +284,9 @@ if __name__ == "__main__":
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=installed())
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, help="by default more for small models")
+    parser.add_argument(
+        "--profile", action="store_true", help="only profile one plain and one exact step of each model"
+    )
     parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
@@ -283,11 +297,17 @@ if __name__ == "__main__":
         sys.exit()
     engines = ["plain", *(engine for engine in options.engines if engine != "plain")]
     peers = {name: version(name) for name in ("higher", "torchopt") if name in engines}
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    result = json.loads(options.output.read_text()) if options.output.exists() else {"rows": [], "profiles": {}}
+    result |= {"command": "python benchmarks/step.py", "threads": 1, "peers": peers}
     for model in options.models:
-        rounds = options.rounds or ROUNDS[model]
-        rows = [row for row in rows if row["model"] != model]
-        rows += measure(model, engines, options.batch_size, rounds, with_memory=not options.no_memory)
-        result = {"command": "python benchmarks/step.py", "threads": 1, "peers": peers, "rows": rows}
+        if options.profile:
+            spent = pd.DataFrame({name: profile(model, name, options.batch_size) for name in ("plain", "forward")})
+            spent = (spent / spent["plain"].sum()).round(3).fillna(0.0)  # in plain steps
+            result["profiles"] = {**result.get("profiles", {}), model: spent.to_dict()}
+            print(spent)
+        else:
+            rounds = options.rounds or ROUNDS[model]
+            rows = measure(model, engines, options.batch_size, rounds, with_memory=not options.no_memory)
+            result["rows"] = [row for row in result["rows"] if row["model"] != model] + rows
         with atomic_path(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
