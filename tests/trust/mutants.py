@@ -24,7 +24,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = {
     "adalfl_lite.updates": ["tests/adalfl_lite/test_updates.py", "tests/adalfl_lite/test_metagradient.py"],
-    "adalfl_lite.metagradient": ["tests/adalfl_lite/test_metagradient.py", "tests/adalfl_lite/test_online.py"],
+    "adalfl_lite.metagradient": [
+        "tests/trust/test_gaps.py",
+        "tests/adalfl_lite/test_metagradient.py",
+        "tests/adalfl_lite/test_online.py",
+    ],
     "analysis.effective_lr": ["tests/analysis/test_effective_lr.py"],
     "analysis.label_smoothing": ["tests/analysis/test_label_smoothing.py"],
 }
@@ -105,6 +109,9 @@ class Mutator(ast.NodeTransformer):
             return node  # a docstring
         self.generic_visit(node)
         return ast.Pass() if self._change(node, f"{ast.unparse(node)[:50]} dropped") else node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        return node if node.arg in ("strict", "frozen") else self.generic_visit(node)  # guards without effect
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         return node  # the wording of an error

@@ -1,0 +1,54 @@
+"""What mutants showed to be untested elsewhere."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adalfl_lite import LossNetwork, OnlineLoss, metagradient
+from adalfl_lite.metagradient import plain_step
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.unused = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(2))
+
+    def forward(self, prediction, target):
+        return self.scale * F.cross_entropy(prediction, target)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(8, 4), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("engine", ["forward", "unrolled"])
+def test_a_parameter_that_the_loss_does_not_use_has_a_meta_gradient_of_zero(engine, batch):
+    model, loss = nn.Linear(4, 3), Scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = OnlineLoss(model, loss, optimizer, task_loss=F.cross_entropy, engine=engine).step(batch, batch)
+    assert result.meta_gradient[0] != 0 and torch.equal(result.meta_gradient[1], torch.zeros(2))
+
+
+@pytest.mark.parametrize(("loss", "closed"), [(LossNetwork.classification(), True), (Scaled(), False)])
+def test_derivatives_in_closed_form_are_used_where_they_are_known(loss, closed, batch, monkeypatch):
+    calls, real = [], metagradient.mixed_derivative
+    monkeypatch.setattr(metagradient, "mixed_derivative", lambda *given: calls.append(1) or real(*given))
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    OnlineLoss(model, loss, optimizer, task_loss=F.cross_entropy).step(batch, batch)
+    assert bool(calls) == closed
+
+
+def test_a_plain_step_is_torchs(batch):
+    model = nn.Linear(4, 3)
+    expected = F.cross_entropy(model(batch[0]), batch[1])
+    gradient = torch.autograd.grad(expected, model.weight)[0]
+    before = model.weight.detach().clone()
+    value = plain_step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.5), batch)
+    assert torch.equal(value, expected)
+    torch.testing.assert_close(model.weight.detach(), before - 0.5 * gradient)
