@@ -31,6 +31,7 @@ svhn           classification  ``torchvision.datasets.SVHN``       ``{train,test
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -238,7 +239,7 @@ class BatchSampler(Iterator[Tensor]):
             raise ValueError(f"batch_size={batch_size} must be between 1 and the number of rows, n={n}")
         self.n = n
         self.batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(operator.index(seed))
         self._start_epoch()
 
     def _start_epoch(self) -> None:
