@@ -26,6 +26,7 @@ MODULES = {
     "adalfl_lite.updates": ["tests/adalfl_lite/test_updates.py", "tests/adalfl_lite/test_metagradient.py"],
     "adalfl_lite.metagradient": [
         "tests/trust/test_gaps.py",
+        "tests/trust/test_divergence.py",
         "tests/adalfl_lite/test_metagradient.py",
         "tests/adalfl_lite/test_online.py",
     ],

@@ -44,11 +44,26 @@ def test_derivatives_in_closed_form_are_used_where_they_are_known(loss, closed, 
     assert bool(calls) == closed
 
 
-def test_a_plain_step_is_torchs(batch):
+def test_plain_steps_are_torchs(batch):
     model = nn.Linear(4, 3)
-    expected = F.cross_entropy(model(batch[0]), batch[1])
-    gradient = torch.autograd.grad(expected, model.weight)[0]
-    before = model.weight.detach().clone()
-    value = plain_step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.5), batch)
-    assert torch.equal(value, expected)
-    torch.testing.assert_close(model.weight.detach(), before - 0.5 * gradient)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):  # the gradient of the first is not added to the second's
+        expected = F.cross_entropy(model(batch[0]), batch[1])
+        gradient = torch.autograd.grad(expected, model.weight)[0]
+        before = model.weight.detach().clone()
+        value = plain_step(model, F.cross_entropy, optimizer, batch)
+        assert torch.equal(value, expected)
+        torch.testing.assert_close(model.weight.detach(), before - 0.5 * gradient)
+
+
+@pytest.mark.parametrize("engine", ["forward", "unrolled"])
+def test_a_loss_per_example_is_refused(engine, batch):
+    class PerExample(Scaled):
+        def forward(self, prediction, target):
+            return self.scale * F.cross_entropy(prediction, target, reduction="none")
+
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    online = OnlineLoss(model, PerExample(), optimizer, task_loss=F.cross_entropy, engine=engine)
+    with pytest.raises(ValueError, match=r"a loss must be a scalar, got shape \(8,\)"):
+        online.step(batch, batch)
