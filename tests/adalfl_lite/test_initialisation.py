@@ -263,7 +263,7 @@ def test_a_diverging_rollout_is_abandoned_and_another_model_drawn():
 
 def test_numbers_that_are_not_finite_abandon_a_rollout_and_leave_phi():
     batches = batches_of("classification", 4)
-    batches[2] = (batches[2][0] * math.nan, batches[2][1])
+    batches[2] = (torch.full_like(batches[2][0], 3e38), batches[2][1])  # finite, until they are summed
     network = LossNetwork.classification()
     options = {"steps": 8, "rollout_steps": 100, "rehearsals": 0, "imitation_steps": 0}
     result = initialise(network, make_model, batches, batches, make_optimizer=sgd(), **options)
