@@ -87,9 +87,9 @@ def test_forward_mode_is_double_backward(problem, name, counts):
     tolerance = 1e-5 if name in ("RMSprop", "Adagrad") else 1e-7  # torch counts their steps in float32
     for i in range(3):
         ours, reference = (online.meta_gradient([batches[i]], batches[i + 1]) for online in onlines)
-        torch.testing.assert_close(
-            flat(ours.meta_gradient), flat(reference.meta_gradient), rtol=tolerance, atol=tolerance * 1e-4
-        )
+        expected = flat(reference.meta_gradient)
+        allowed = tolerance * max(1e-4, expected.abs().max().item())  # small entries are differences of large terms
+        torch.testing.assert_close(flat(ours.meta_gradient), expected, rtol=0, atol=allowed)
         torch.testing.assert_close(ours.task_loss, reference.task_loss, rtol=1e-8, atol=1e-10)
         for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
