@@ -171,6 +171,7 @@ def test_an_anchored_loss_has_neither_value_nor_slope_at_its_target(targets, see
     prediction = y.clone().requires_grad_(True)
     loss = network(prediction, y)
     (slope,) = torch.autograd.grad(loss, prediction)
-    assert abs(loss.item()) < 1e-10 and slope.abs().max() < 1e-10
+    # the slope is torch's, whose softplus is cut off where its own derivative still differs from one by 2e-9
+    assert abs(loss.item()) < 1e-10 and slope.abs().max() < 1e-7
     assert F.mse_loss(prediction, y) == 0
     counts["properties tried"] += 1
