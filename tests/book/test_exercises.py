@@ -1,0 +1,172 @@
+"""The answers to the chapters' exercises, found by another route than the chapters take.
+
+One test per chapter, named after it. ``check`` compares what it found with every ``answer_...`` that the chapter's last
+stored build printed, none left out; what an answer claims without a number is tested beside it.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import lambertw, log_softmax, softmax
+
+BOOK = Path(__file__).parents[2] / "book"
+
+
+def check(chapter: str, found: dict[str, float], relative: float = 1e-3) -> None:
+    """The answers that a chapter printed are those found here, and there are no others."""
+    stored = json.loads((BOOK / "results" / f"{chapter}.json").read_text())
+    answers = {name: value for name, value in stored.items() if name.startswith("answer_")}
+    assert answers == pytest.approx({f"answer_{name}": value for name, value in found.items()}, rel=relative)
+
+
+def exercises(chapter: str) -> list[str]:
+    """The texts of a chapter's exercises, each with its answer and code, by a look at the source."""
+    return re.split(r"^```\{admonition\} Exercise \d+$", (BOOK / f"{chapter}.md").read_text(), flags=re.MULTILINE)[1:]
+
+
+CHAPTERS = sorted(path.stem for path in BOOK.glob("*.md") if exercises(path.stem))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_exercise_has_an_answer_that_is_computed_and_tested(chapter):
+    assert f"test_{chapter}" in globals(), f"no test here for the exercises of {chapter}"
+    for number, text in enumerate(exercises(chapter), 1):
+        assert text.count(":::{dropdown} Answer") == 1, f"exercise {number}"
+        code = "".join(re.findall(r"^```\{code-cell\}.*?\n:tags: \[hide-cell\]\n(.*?)^```$", text, re.M | re.S))
+        assert "glue(" in code or "assert" in code, f"the answer to exercise {number} is not computed"
+        for name in re.findall(r"\{glue:text\}`(answer_[^:`]+)", text):
+            assert f'"{name}"' in code, f"{name} is not computed below exercise {number}"
+
+
+def test_learning_rate_scheduling():
+    # 1: scales add up, and the same two alignments leave that of the sum open
+    rng = np.random.default_rng(0)
+    task, first, second = rng.normal(size=(3, 8))
+
+    def scale(gradient):
+        return gradient @ task / (task @ task)
+
+    def alignment(gradient):
+        return scale(gradient) * np.linalg.norm(task) / np.linalg.norm(gradient)
+
+    assert scale(first) + scale(second) == pytest.approx(scale(first + second))
+    residual = first - scale(first) * task
+    plus, minus = task + residual, task - residual
+    assert alignment(plus) == pytest.approx(alignment(minus)) and alignment(plus) < 0.999
+    assert alignment(plus + minus) == pytest.approx(1)
+    assert alignment(plus + plus) == pytest.approx(alignment(plus))
+
+    # 2: the derivative of the loss after a step, by differences, in the scale of the loss and in that of the rate
+    def after_a_step(optimizer, loss_factor, rate_factor):
+        theta = torch.tensor([0.5, -1.5], dtype=torch.float64, requires_grad=True)
+        (loss_factor * (theta - torch.tensor([1.0, 2.0])).square().sum()).backward()
+        optimizer([theta], lr=0.1 * rate_factor).step()
+        return (theta.detach() - torch.tensor([3.0, -1.0])).square().sum().item()
+
+    def derivatives(optimizer, h=1e-4):
+        up, down = np.exp([h, -h])
+        by_loss = after_a_step(optimizer, up, 1) - after_a_step(optimizer, down, 1)
+        by_rate = after_a_step(optimizer, 1, up) - after_a_step(optimizer, 1, down)
+        return by_loss / (2 * h), by_rate / (2 * h)
+
+    by_loss, by_rate = derivatives(torch.optim.SGD)
+    assert by_loss == pytest.approx(by_rate, rel=1e-6) and abs(by_rate) > 0.1
+    by_loss, by_rate = derivatives(torch.optim.Adam)
+    assert abs(by_loss) < 1e-5 < 0.1 < abs(by_rate)
+
+    # 3: both second steps, as the answer writes them down
+    alpha, momentum, g1, g2 = 0.1, 0.9, 2.0, -3.0
+    for c1, c2 in ((4.0, 1.0), (2.0, 2.0)):
+        moved = {}
+        for through_the_loss in (True, False):
+            theta = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+            optimizer = torch.optim.SGD([theta], lr=alpha, momentum=momentum)
+            for g, c in ((g1, c1), (g2, c2)):
+                before = theta.item()
+                optimizer.param_groups[0]["lr"] = alpha if through_the_loss else alpha * c
+                theta.grad = torch.full_like(theta, c * g if through_the_loss else g)
+                optimizer.step()
+            moved[through_the_loss] = before - theta.item()
+        assert moved[True] == pytest.approx(alpha * (momentum * c1 * g1 + c2 * g2))
+        assert moved[False] == pytest.approx(alpha * c2 * (momentum * g1 + g2))
+        assert (moved[True] == pytest.approx(moved[False])) == (c1 == c2)
+    check("learning_rate_scheduling", {})
+
+
+def test_early_stopping():
+    # 1: the derivative e^-z - 1/(1+z)^2 vanishes where 1 + z = e^(z/2), which Lambert's W solves
+    z = -1 - 2 * lambertw(-np.exp(-0.5) / 2, -1).real
+    difference = 1 - np.exp(-z) - z / (1 + z)
+
+    # 2: every step of gradient descent shrinks the distance to the minimum by a factor
+    rates = 0.01 * 5.0 * np.exp(-np.arange(5000) / 40) * 0.5
+    end, filtered = 1 - np.prod(1 - rates), -np.expm1(-rates.sum())
+
+    # 3: softmax regression on the same draws, its gradient written out
+    torch.manual_seed(0)
+    weight, bias = (p.detach().double().numpy() for p in torch.nn.Linear(2, 2).parameters())
+    y = np.arange(100) % 2
+    x = torch.randn(100, 2).double().numpy() + 4 * (y[:, None] - 0.5)
+    norms, margins = [], []
+    for _ in range(500):
+        logits = x @ weight.T + bias
+        margins.append(np.min((logits[:, 1] - logits[:, 0]) * (2 * y - 1)))
+        delta = (softmax(logits, 1) - np.eye(2)[y]) / len(x)
+        gradients = delta.T @ x, delta.sum(0)
+        norms.append(np.sqrt(sum(np.sum(g**2) for g in gradients)))
+        weight, bias = weight - 0.5 * gradients[0], bias - 0.5 * gradients[1]
+    assert margins[0] < 0 < margins[-1] and margins[250] < margins[-1], "separable, and the margin keeps growing"
+    found = {"filter": difference, "filter_at": z, "end": end, "filter_end": filtered, "norm": norms[-1] / norms[0]}
+    check("early_stopping", found)
+
+
+def test_label_smoothing():
+    # 1: the loss of an example as a function of the margin alone, minimised
+    def smoothed(margin, epsilon=0.1, classes=10):
+        log_p = log_softmax([margin] + [0] * (classes - 1))
+        return -(1 - epsilon) * log_p[0] - epsilon * log_p.mean()
+
+    margin = minimize_scalar(smoothed, bounds=(0, 20), method="bounded", options={"xatol": 1e-8}).x
+
+    # 2: the formula against differences, and the signs that the answer claims
+    def slope(loss, p, classes, h=1e-6):
+        def at(step):
+            logits = np.log([p] + [(1 - p) / (classes - 1)] * (classes - 1))
+            logits[0] += step
+            return loss(softmax(logits))
+
+        return (at(h) - at(-h)) / (2 * h)
+
+    def squared(p):
+        return (1 - p[0]) ** 2 + np.sum(p[1:] ** 2)
+
+    def quadratic(p, a=0.7, b=1.3):
+        return (-a * p[0] + np.sum(b * p[1:] ** 2)) / len(p)
+
+    for classes in (2, 5, 10):
+        for p in (0.05, 0.5, 0.9, 0.99):
+            q = (1 - p) / (classes - 1)
+            assert slope(quadratic, p, classes) == pytest.approx(p * (1 - p) / classes * (-0.7 - 2 * 1.3 * q), rel=1e-6)
+            assert slope(quadratic, p, classes) < 0 and slope(squared, p, classes) < 0
+    turning_up = slope(lambda p: (p[0] - 0.8) ** 2, 0.9, 10)
+    falling = slope(lambda p: -p[0] - 2 * np.sqrt(p[1:]).sum(), 0.9, 10)
+    assert turning_up > 0 and falling > 0, "either way a loss pulls back from 0.9"
+
+    # 3: the focal loss's gradient written out, and least squares
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5000, 10, generator=draw, dtype=torch.float64).numpy()
+    y = np.eye(10)[logits.argmax(1)]
+    p = softmax(logits, 1)
+    right = p.max(1, keepdims=True)
+    slope_in_p = 2 * (1 - right) * np.log(right) - (1 - right) ** 2 / right
+    gradient = slope_in_p * right * (y - p)
+    regressors = np.stack([(p - y).ravel(), (y - 0.1).ravel()], 1)
+    (scale, product), (residual,), *_ = np.linalg.lstsq(regressors, gradient.ravel(), rcond=None)
+    assert (gradient[y == 1] < 0).all(), "no example is pulled back, so it rests at one"
+    r2 = 1 - residual / np.sum(gradient**2)
+    check("label_smoothing", {"margin": margin, "focal_epsilon": product / scale, "focal_r2": r2, "focal_rest": 1.0})
