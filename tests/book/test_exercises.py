@@ -21,7 +21,7 @@ def check(chapter: str, found: dict[str, float], relative: float = 1e-3) -> None
     """The answers that a chapter printed are those found here, and there are no others."""
     stored = json.loads((BOOK / "results" / f"{chapter}.json").read_text())
     answers = {name: value for name, value in stored.items() if name.startswith("answer_")}
-    assert answers == pytest.approx({f"answer_{name}": value for name, value in found.items()}, rel=relative)
+    assert answers == pytest.approx({f"answer_{name}": value for name, value in found.items()}, rel=relative, abs=1e-9)
 
 
 def exercises(chapter: str) -> list[str]:
@@ -170,3 +170,36 @@ def test_label_smoothing():
     assert (gradient[y == 1] < 0).all(), "no example is pulled back, so it rests at one"
     r2 = 1 - residual / np.sum(gradient**2)
     check("label_smoothing", {"margin": margin, "focal_epsilon": product / scale, "focal_r2": r2, "focal_rest": 1.0})
+
+
+def test_adalfl():
+    # 1: the corner in closed form, and the two units' sum on a grid
+    corner = 0.99 * np.log(2) / 10
+    prediction = np.linspace(0, 1, 1001)
+    softplus = np.logaddexp(0, 10 * (prediction - 0.5)) / 10 + np.logaddexp(0, 10 * (0.5 - prediction)) / 10
+    minimum = prediction[softplus.argmin()]  # the linear parts γx of the two units cancel
+
+    # 2: torch's own step, with and without a nudge to one entry of the gradient
+    def second_step(nudge):
+        theta = torch.tensor([0.3, -2.0, 5.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([theta], lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+        for gradient in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-1.0, 0.5, 0.1]).double() + nudge):
+            theta.grad = gradient.double()
+            optimizer.step()
+        return theta.detach()
+
+    moved = second_step(torch.tensor([1e-3, 0, 0])) - second_step(torch.zeros(3))
+    assert moved[1] == moved[2] == 0
+    nesterov = moved[0].item() / 1e-3 / -0.1
+
+    # 3: outputs before and after a step against the validation gradient, with softmax regression written out
+    rng = np.random.default_rng(1)
+    inputs, held_out, weight = rng.normal(size=(5, 6)), rng.normal(size=(7, 6)), rng.normal(size=(3, 6))
+    held_out[:, 4:] = 0
+    inputs[0, :4] = 0
+    inputs[2] = 2 * inputs[1]
+    errors = softmax(held_out @ weight.T, 1) - np.eye(3)[np.arange(7) % 3]
+    shift = np.linalg.norm(inputs @ (weight - 0.1 * errors.T @ held_out / 7).T - inputs @ weight.T, axis=1)
+    assert shift[2] == pytest.approx(2 * shift[1])
+    found = {"corner": corner, "minimum": minimum, "nesterov": nesterov, "orthogonal": shift[0] / np.linalg.norm(shift)}
+    check("adalfl", found)
