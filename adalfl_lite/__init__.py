@@ -13,7 +13,8 @@ Read the modules in this order, which is also the direction of every import:
     learning_rate   Algorithms 3 and 4: the control that learns a learning rate
     data, models    what is trained, on what
     training        fit: history, evaluation, checkpoints
-    ensemble        fit for several seeds at once
+    stacking        several models, or loss networks, as one function
+    ensemble        initialisation and fit for several seeds at once
     tasks           the registry; corruption: label noise and imbalance
     baselines       other losses, designed or learned
     methods         how each loss is had: the table of what is compared
@@ -23,7 +24,7 @@ Read the modules in this order, which is also the direction of every import:
 """
 
 from adalfl_lite.data import load_dataset
-from adalfl_lite.ensemble import fit_seeds
+from adalfl_lite.ensemble import fit_seeds, initialise_seeds
 from adalfl_lite.initialisation import Initialisation, endless, initialise
 from adalfl_lite.learning_rate import OnlineLearningRate
 from adalfl_lite.losses import LossNetwork
@@ -46,5 +47,6 @@ __all__ = [
     "fit",
     "fit_seeds",
     "initialise",
+    "initialise_seeds",
     "load_dataset",
 ]

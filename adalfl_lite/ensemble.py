@@ -1,37 +1,52 @@
-"""All seeds at once: S runs of :func:`~adalfl_lite.training.fit` as one program over stacked tensors.
+"""All seeds at once: S initialisations, or S trainings, as one program over stacked tensors.
 
-Small models leave a processor idle: a step on a batch of digits is a hundred kernels of a few microseconds each. Here
-θ, φ, both optimizers' states and the batches carry a leading dimension S, and one step advances every seed:
-
-- the models by ``torch.func.vmap``, their tangents u = J_f w by ``torch.func.jvp`` around it;
-- the loss networks by :mod:`adalfl_lite.closed_form`, which takes stacked weights, so ∂M_φ/∂f needs no backward pass;
-- the optimizers as they are: SGD, Adam and AdamW treat every entry alike, and do not mind a stacked tensor.
-
-The seeds never meet: each ends where its own ``fit`` would, to rounding.
+A small model leaves a processor idle, so ten seeds in one program cost about as much as three one after another
+(``benchmarks/seeds.py``). The seeds never meet: each ends where it would alone, to rounding. How tensors are stacked is
+told in :mod:`adalfl_lite.stacking`.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from adalfl_lite.closed_form import Layer, layers_of, mixed_gradient, value_and_slope
+from adalfl_lite.checks import check_counts
 from adalfl_lite.data import BatchSampler, Dataset, Split
-from adalfl_lite.initialisation import MakeOptimizer
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.initialisation import (
+    ABANDON_FACTOR,
+    IMITATION_LEARNING_RATE,
+    VALIDATION_BATCHES,
+    Initialisation,
+    MakeModel,
+    MakeOptimizer,
+    Validate,
+    draw_outputs,
+    endless,
+    rehearsal_moments,
+    validator,
+)
+from adalfl_lite.losses import LossNetwork, task_error, task_loss
+from adalfl_lite.metagradient import Batch
 from adalfl_lite.online import META_LEARNING_RATE
+from adalfl_lite.stacking import (
+    Stack,
+    StackedLoss,
+    check_stackable,
+    keep_freed_memory,
+    meta_step,
+    stacked_step,
+    task_losses,
+)
 from adalfl_lite.training import evaluate
-from adalfl_lite.updates import RULES, update_pullback
 
 
 def fit_seeds(
@@ -78,12 +93,10 @@ def fit_seeds(
     metas = [BatchSampler(len(meta[0]), min(batch_size, len(meta[0])), seed + 1) for seed in seeds]
     evaluate_every = evaluate_every or max(1, steps // 20)
 
-    # Freed at once, this has glibc keep the memory of a step for the next one instead of handing it back each time.
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    keep_freed_memory()
     stack = Stack(models)
     optimizer = make_optimizer(stack.parameters)
-    if type(optimizer) not in RULES:
-        raise TypeError(f"{type(optimizer).__name__} is not known to treat every entry alike; use SGD, Adam or AdamW")
+    check_stackable(models, networks or [], optimizer)
     loss = None if networks is None else StackedLoss(networks)
     meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate) if loss and online else None
 
@@ -103,14 +116,14 @@ def fit_seeds(
     kept: list[tuple[Tensor, Tensor]] = []
     clock = time.perf_counter()
     for step in tqdm(range(1, steps + 1), disable=not progress, desc=f"{len(seeds)} seeds"):
-        inputs, targets = _draw(train, batches)
-        meta_batch = _draw(meta, metas) if meta_optimizer else None
-        learned, task = _step(stack, loss, optimizer, meta_optimizer, kind, inputs, targets, meta_batch)
-        finite = learned.isfinite() & task.isfinite()
-        if not finite.all():
+        meta_batch = _rows(meta, metas) if meta_optimizer else None
+        result = stacked_step(stack, loss, optimizer, kind, _rows(train, batches), meta_batch)
+        if not (finite := result.finite()).all():
             named = ", ".join(str(seed) for seed, good in zip(seeds, finite.tolist(), strict=True) if not good)
             raise FloatingPointError(f"a loss of seed {named} was not finite in step {step}; lower the learning rate")
-        kept.append((learned, task))
+        if meta_optimizer:
+            meta_step(meta_optimizer, result)
+        kept.append((result.learned_loss, result.task_loss))
         if step % evaluate_every == 0 or step == steps:
             seconds += time.perf_counter() - clock
             means = [torch.stack(values).mean(0) for values in zip(*kept, strict=True)]
@@ -121,139 +134,205 @@ def fit_seeds(
     return pd.DataFrame(history).sort_values(["seed", "step"], kind="stable", ignore_index=True)
 
 
-def _step(
-    stack: Stack,
-    loss: StackedLoss | None,
-    optimizer: torch.optim.Optimizer,
-    meta_optimizer: torch.optim.Optimizer | None,
-    kind: str,
-    inputs: Tensor,
-    targets: Tensor,
-    meta_batch: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 2's two updates for every seed; the learned losses and the task losses, both (S,)."""
-    before = [p.detach().clone() for p in stack.parameters] if meta_batch else []
-    buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
-    prediction = stack(stack.parameters, stack.buffers, inputs)
-    if loss is None:
-        learned = task_losses(kind, prediction, targets)
-        gradients = torch.autograd.grad(learned.sum(), stack.parameters)
-    else:
-        learned, output_gradient, derivative = loss.derivatives(prediction.detach(), targets)
-        gradients = torch.autograd.grad(prediction, stack.parameters, output_gradient)
-    pullback = update_pullback(optimizer, gradients)
-    for parameter, gradient in zip(stack.parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    if loss is None or meta_optimizer is None or meta_batch is None:
-        return learned.detach(), learned.detach()
+def initialise_seeds(
+    make_loss_network: Callable[[], LossNetwork],
+    make_model: MakeModel,
+    train: Sequence[Iterable[Batch]],
+    valid: Sequence[Iterable[Batch]],
+    *,
+    make_optimizer: MakeOptimizer,
+    seeds: Sequence[int],
+    steps: int = 2500,
+    meta_learning_rate: float = 1e-3,
+    imitation_steps: int = 800,
+    rollout_steps: int = 20,
+    rehearsals: int = 8,
+    rehearsal_steps: int = 300,
+    validate: Sequence[Validate] | None = None,
+    progress: bool = False,
+) -> tuple[list[LossNetwork], list[Initialisation]]:
+    """Algorithm 1 for S seeds, all in step: on the CPU, for each seed what these three lines do ::
 
-    meta_buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
-    task = task_losses(kind, stack(stack.parameters, meta_buffers, meta_batch[0]), meta_batch[1])
-    w = pullback(torch.autograd.grad(task.sum(), stack.parameters))
+        torch.manual_seed(seed)
+        loss_network = make_loss_network()
+        initialise(loss_network, make_model, train, valid, ...)
 
-    def output(*theta: Tensor) -> Tensor:
-        return stack(theta, {name: buffer.clone() for name, buffer in buffers.items()}, inputs)
+    Args:
+        make_loss_network, make_model: draw from torch's global random state, of which every seed has its own.
+        train, valid: S streams each, of batches of one size.
+        make_optimizer: parameters -> the base optimizer: SGD, Adam or AdamW.
+        seeds: S seeds of what is drawn at random: loss networks, models, and the outputs of the imitation.
+        steps, meta_learning_rate, imitation_steps, rollout_steps, rehearsals, rehearsal_steps, progress: as in
+            :func:`~adalfl_lite.initialisation.initialise`.
+        validate: S functions model -> (error, task loss), to score the rehearsals.
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
-        tangent = jvp(output, tuple(before), tuple(w))[1]
-    for parameter, gradient in zip(loss.parameters, derivative(tangent), strict=True):
-        parameter.grad = gradient
-    meta_optimizer.step()
-    return learned, task.detach()
+    Returns:
+        The S loss networks, and what was done to each.
+
+    Raises:
+        ValueError, TypeError: the parts do not fit together, or cannot be stacked, with the reason.
+        FloatingPointError: every rehearsal of a seed diverged, or one rollout did where the base optimizer counts steps
+            (Adam), so that a single seed cannot start over; use ``initialise``.
+    """
+    check_counts(
+        steps=steps,
+        imitation_steps=(imitation_steps, 0),
+        rollout_steps=rollout_steps,
+        rehearsals=(rehearsals, 0),
+        rehearsal_steps=rehearsal_steps,
+    )
+    counts = {"seeds": len(seeds), "train": len(train), "valid": len(valid)}
+    counts |= {} if validate is None else {"validate": len(validate)}
+    if not len(seeds) or len(set(counts.values())) != 1:
+        raise ValueError(f"give as many of each, at least one: got {', '.join(f'{n} {k}' for k, n in counts.items())}")
+    keep_freed_memory()
+    runs = [_Run(seed, rollout_steps) for seed in seeds]
+    networks = [run.draw(make_loss_network) for run in runs]
+    kind = networks[0].kind
+    train_batches, meta_batches = [endless(b, "train") for b in train], [endless(b, "valid") for b in valid]
+    if validate is None:
+        held = [list(itertools.islice(b, VALIDATION_BATCHES if rehearsals else 0)) for b in meta_batches]
+        validate = [validator(batches, task_loss(kind), task_error(kind)) for batches in held]
+
+    def begin() -> tuple[Stack, Optimizer]:
+        models = [run.draw(make_model).train() for run in runs]
+        if len({id(model) for model in models}) < len(models):
+            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        stack = Stack(models)
+        optimizer = make_optimizer(stack.parameters)
+        check_stackable(models, networks, optimizer)
+        return stack, optimizer
+
+    def rehearse(step: int) -> None:
+        stack, optimizer = begin()
+        for _ in range(rehearsal_steps):
+            stacked_step(stack, loss, optimizer, kind, _stacked([next(b) for b in train_batches]))
+        stack.write_back()
+        for i, (run, model) in enumerate(zip(runs, stack.models, strict=True)):
+            run.record(step, validate[i](model), [p[i] for p in loss.parameters])
+
+    if imitation_steps:
+        prediction = [run.draw(make_model) for run in runs][0](_stacked([next(b) for b in train_batches])[0][0])
+    loss = StackedLoss(networks)
+    if imitation_steps:
+        _imitate(loss, kind, runs, prediction, imitation_steps)
+    if imitation_steps and rehearsals:
+        rehearse(0)
+    meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate)
+    moments = set(rehearsal_moments(steps, rehearsals))
+    stack, optimizer = begin()
+    for step in tqdm(range(1, steps + 1), disable=not progress, desc=f"initialise {len(seeds)} seeds"):
+        if all(run.remaining == 0 for run in runs):
+            stack, optimizer = begin()
+        else:
+            for i, run in enumerate(runs):
+                if run.remaining == 0:
+                    stack.replace(i, run.draw(make_model).train())
+                    _forget(optimizer, i, run.seed, step)
+        batch, meta_batch = (_stacked([next(b) for b in batches]) for batches in (train_batches, meta_batches))
+        result = stacked_step(stack, loss, optimizer, kind, batch, meta_batch)
+        meta_step(meta_optimizer, result)
+        current = torch.where(result.finite(), result.task_loss, math.inf)
+        for run, value in zip(runs, current.tolist(), strict=True):
+            run.advance(value)
+        if step in moments:
+            rehearse(step)
+    outcomes = []
+    for i, run in enumerate(runs):
+        outcomes.append(run.outcome(steps))
+        for parameter, best in zip(loss.parameters, run.best_state or [], strict=False):
+            parameter[i] = best
+    loss.write_back()
+    return networks, outcomes
 
 
-def task_losses(kind: str, prediction: Tensor, targets: Tensor) -> Tensor:
-    """L_T of every seed, (S,), for predictions (S, B, C)."""
-    if kind == "classification":
-        return (
-            F.cross_entropy(prediction.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+class _Run:
+    """What Algorithm 1 keeps of one seed: its random state, its rollout, its rehearsals."""
+
+    def __init__(self, seed: int, rollout_steps: int):
+        self.seed, self.rollout_steps = seed, rollout_steps
+        self.random_state = torch.Generator().manual_seed(seed).get_state()
+        self.remaining, self.first_loss, self.abandoned = rollout_steps, math.inf, 0
+        self.records: list[dict] = []
+        self.best_key, self.best_step = (math.inf, math.inf), 0
+        self.best_state: list[Tensor] | None = None
+
+    def draw(self, make: Callable, *arguments: object) -> Any:
+        """What ``make`` makes from this seed's own random state."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.random_state)
+        try:
+            return make(*arguments)
+        finally:
+            self.random_state = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    def advance(self, task_loss: float) -> None:
+        """Count a step, which ends the rollout if the task loss exploded."""
+        if self.remaining == 0:
+            self.remaining, self.first_loss = self.rollout_steps, math.inf
+        self.remaining -= 1
+        if self.first_loss == math.inf:
+            self.first_loss = task_loss
+        if not task_loss < ABANDON_FACTOR * self.first_loss:
+            self.abandoned, self.remaining = self.abandoned + 1, 0
+
+    def record(self, step: int, score: tuple[float, float], phi: list[Tensor]) -> None:
+        """Keep φ if its rehearsal is the best so far."""
+        error, value = score if all(map(math.isfinite, score)) else (math.inf, math.inf)
+        self.records.append({"step": step, "error": error, "task_loss": value})
+        if (error, value) < self.best_key:
+            self.best_key, self.best_step = (error, value), step
+            self.best_state = [tensor.clone() for tensor in phi]
+
+    def outcome(self, steps: int) -> Initialisation:
+        """What was done; ``FloatingPointError`` if every rehearsal diverged."""
+        if self.records and self.best_state is None:
+            raise FloatingPointError(
+                f"all {len(self.records)} rehearsals of seed {self.seed} diverged; lower the base learning rate, or"
+                " rehearse more often"
+            )
+        rehearsals = pd.DataFrame(self.records, columns=["step", "error", "task_loss"])
+        return Initialisation(steps, self.best_step if self.best_state else steps, self.abandoned, rehearsals)
+
+
+def _imitate(loss: StackedLoss, kind: str, runs: Sequence[_Run], prediction: Tensor, steps: int) -> None:
+    """Fit every φ to the task loss, as :func:`~adalfl_lite.initialisation.imitate` does for one.
+
+    With g = ∂L_T/∂f the gradient of ‖∂M_φ/∂f − g‖² is the derivative of ∂M_φ/∂f in φ, along 2 (∂M_φ/∂f − g).
+    """
+    optimizer = torch.optim.Adam(loss.parameters, lr=IMITATION_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        output, target = _stacked([run.draw(draw_outputs, kind, prediction) for run in runs])
+        output.requires_grad_(True)
+        (wanted,) = torch.autograd.grad(task_losses(kind, output, target).sum(), output)
+        _, given, along = loss.derivatives(output.detach(), target)
+        scale = wanted.square().flatten(1).sum(1)[:, None, None]
+        for parameter, gradient in zip(loss.parameters, along(2 * (given - wanted) / scale), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+
+
+def _forget(optimizer: Optimizer, i: int, seed: int, step: int) -> None:
+    """Let the optimizer of a stack forget the i-th seed, whose rollout starts over before those of the others."""
+    if type(optimizer) is not torch.optim.SGD or any(group["dampening"] for group in optimizer.param_groups):
+        raise FloatingPointError(
+            f"the rollout of seed {seed} diverged before step {step}, and {type(optimizer).__name__} cannot start over"
+            " for one seed of a stack; lower the learning rate, or use initialise"
         )
-    return (prediction - targets).square().flatten(1).mean(1)
+    for state in optimizer.state.values():
+        if (buffer := state.get("momentum_buffer")) is not None:
+            buffer[i] = 0
 
 
-class Stack:
-    """S models as one function of stacked parameters and buffers."""
-
-    def __init__(self, models: Sequence[nn.Module]):
-        self.models = models
-        self.model = copy.deepcopy(models[0]).train()
-        self.names = [name for name, _ in self.model.named_parameters()]
-        rows = zip(*(model.parameters() for model in models), strict=True)
-        self.parameters = [torch.stack([p.detach() for p in row]).requires_grad_() for row in rows]
-        buffers = [dict(model.named_buffers()) for model in models]
-        self.buffers = {name: torch.stack([row[name] for row in buffers]) for name in buffers[0]}
-
-    def __call__(self, parameters: Sequence[Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """(S, B, C) for inputs (S, B, ...); ``buffers`` are updated in place, as in train mode."""
-
-        def one(theta: dict[str, Tensor], state: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self.model, {**theta, **state}, (x,))
-
-        return vmap(one)(dict(zip(self.names, parameters, strict=True)), buffers, inputs)
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Bring the S models to where the stack is."""
-        for i, model in enumerate(self.models):
-            for parameter, stacked in zip(model.parameters(), self.parameters, strict=True):
-                parameter.copy_(stacked[i])
-            for name, buffer in model.named_buffers():
-                buffer.copy_(self.buffers[name][i])
+def _rows(splits: Sequence[Split], samplers: Sequence[BatchSampler]) -> tuple[Tensor, Tensor]:
+    return _stacked([split[next(sampler)] for split, sampler in zip(splits, samplers, strict=True)])
 
 
-Along = Callable[[Tensor], list[Tensor]]
-
-
-class StackedLoss:
-    """S loss networks as one; ``parameters`` are φ, stacked."""
-
-    def __init__(self, networks: Sequence[LossNetwork]):
-        self.networks = networks
-        rows = zip(*(network.parameters() for network in networks), strict=True)
-        self.parameters = [torch.stack([p.detach() for p in row]) for row in rows]
-
-    def derivatives(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Along]:
-        """M_φ (S,), ∂M_φ/∂f (S, B, C), and the function u ↦ ∇_φ ⟨∂M_φ/∂f, u⟩ of a tangent (S, B, C)."""
-        first = self.networks[0]
-        layers: list[Layer] = layers_of(first.network, self.parameters) or []
-        shape, points = prediction.shape, prediction.flatten(1).shape[1]
-        count = points if first.reduction == "mean" else shape[1]
-        output, targets = prediction, target
-        if first.kind == "classification":
-            output, targets = prediction.softmax(-1), F.one_hot(target, shape[-1]).to(prediction.dtype)
-        y, p = targets.flatten(1), output.flatten(1)
-        if first.anchored:  # the Bregman form also needs value and slope at p = y
-            y, p = torch.cat([y, y], 1), torch.cat([p, y], 1)
-        value, slope, tape = value_and_slope(layers, y, p)
-        if first.anchored:
-            slope, base = slope[:, :points] - slope[:, points:], slope[:, points:]
-            value = value[:, :points] - value[:, points:] - base * (p - y)[:, :points]
-
-        def to_logits(vector: Tensor) -> Tensor:
-            """Along the softmax, whose Jacobian is symmetric; nothing to do in regression."""
-            if first.kind == "regression":
-                return vector
-            return output * (vector - (output * vector).sum(-1, keepdim=True))
-
-        def along(tangent: Tensor) -> list[Tensor]:
-            weights = to_logits(tangent).flatten(1) / count
-            return mixed_gradient(tape, torch.cat([weights, -weights], 1) if first.anchored else weights)
-
-        return value.sum(1) / count, to_logits(slope.view(shape)) / count, along
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Bring the S loss networks to where the stack is."""
-        for i, network in enumerate(self.networks):
-            for parameter, stacked in zip(network.parameters(), self.parameters, strict=True):
-                parameter.copy_(stacked[i])
-
-
-def _draw(splits: Sequence[Split], samplers: Sequence[BatchSampler]) -> tuple[Tensor, Tensor]:
-    pairs = [split[next(sampler)] for split, sampler in zip(splits, samplers, strict=True)]
-    inputs, targets = zip(*pairs, strict=True)
+def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*batches, strict=True)
     return torch.stack(inputs), torch.stack(targets)
 
 
@@ -276,23 +355,7 @@ def _check(
         raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
     if online and losses is None:
         raise ValueError("online=True needs loss networks to adapt; give losses")
-    networks = losses or []
-    for name, modules in (("models", models), ("losses", networks)):
-        shapes = [
-            [(key, value.shape, value.dtype, value.device) for key, value in m.state_dict().items()] for m in modules
-        ]
-        if any(other != shapes[0] for other in shapes[1:]):
-            raise ValueError(f"the {name} differ in parameters, dtype or device; all must be of one architecture")
-    for module in models[0].modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError("dropout draws other numbers in a stack than alone; train such models with fit")
-    if any(not parameter.requires_grad for parameter in models[0].parameters()):
-        raise ValueError("some parameters are frozen; train such models with fit")
-    for network in networks:
-        if type(network) is not LossNetwork or layers_of(network.network) is None:
-            raise TypeError(f"{type(network).__name__} cannot be stacked; give LossNetworks of known layers")
-        if str(network) != str(networks[0]):
-            raise ValueError("the losses differ in kind, layers or anchor; all must be of one architecture")
+    check_stackable(models, losses or [])
     sizes = {(d.kind, len(d.train), len(d.valid), d.input_shape, d.outputs) for d in datasets}
     if len(sizes) != 1:
         raise ValueError(f"the data sets differ in kind or size: {sizes}")

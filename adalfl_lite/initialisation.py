@@ -42,7 +42,10 @@ ABANDON_FACTOR = 100.0
 """A rollout ends early when its task loss exceeds this many times that of its first step."""
 
 OUTPUT_SCALE = {"classification": 6.0, "regression": 3.0}
-"""The outputs that :func:`imitate` draws have standard deviations up to this: logits, or standardised predictions."""
+"""The outputs of :func:`draw_outputs` have standard deviations up to this: logits, or standardised predictions."""
+
+IMITATION_LEARNING_RATE = 0.02
+"""Of the Adam of :func:`imitate`."""
 
 VALIDATION_BATCHES = 20
 """A rehearsal is scored on at most this many meta batches, drawn once, unless ``validate`` is given."""
@@ -189,7 +192,7 @@ def meta_learn(
     Raises:
         FloatingPointError: every rehearsal diverged.
     """
-    moments = set(_geometric(steps, rehearsals))
+    moments = set(rehearsal_moments(steps, rehearsals))
     records: list[dict] = []
     best_key, best_step, best_state = (math.inf, math.inf), steps, None
     abandoned = 0
@@ -229,7 +232,12 @@ def meta_learn(
 
 
 def imitate(
-    loss_network: LossNetwork, task_loss: Loss, prediction: Tensor, *, steps: int = 800, learning_rate: float = 0.02
+    loss_network: LossNetwork,
+    task_loss: Loss,
+    prediction: Tensor,
+    *,
+    steps: int = 800,
+    learning_rate: float = IMITATION_LEARNING_RATE,
 ) -> float:
     """Fit φ so that M_φ pushes the outputs as the task loss does: min_φ E ‖∂M_φ/∂f − ∂L_T/∂f‖² / E ‖∂L_T/∂f‖².
 
@@ -247,16 +255,10 @@ def imitate(
     """
     optimizer = torch.optim.Adam(loss_network.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scale = OUTPUT_SCALE[loss_network.kind]
-    like: dict[str, Any] = {"dtype": prediction.dtype, "device": prediction.device}
     error = torch.tensor(math.inf)
     for _ in range(steps):
-        output = scale * torch.rand(len(prediction), 1, **like) * torch.randn(prediction.shape, **like)
+        output, target = draw_outputs(loss_network.kind, prediction)
         output.requires_grad_(True)
-        if loss_network.kind == "classification":
-            target = torch.randint(prediction.shape[1], (len(prediction),), device=prediction.device)
-        else:
-            target = torch.randn(prediction.shape, **like)
         (wanted,) = torch.autograd.grad(task_loss(output, target), output)
         (given,) = torch.autograd.grad(loss_network(output, target), output, create_graph=True)
         error = (given - wanted).square().sum() / wanted.square().sum()
@@ -265,6 +267,15 @@ def imitate(
         optimizer.step()
         schedule.step()
     return error.item()
+
+
+def draw_outputs(kind: str, prediction: Tensor) -> Batch:
+    """Random outputs, from hesitant to certain, of the shape, dtype and device of ``prediction``; and their targets."""
+    like: dict[str, Any] = {"dtype": prediction.dtype, "device": prediction.device}
+    output = OUTPUT_SCALE[kind] * torch.rand(len(prediction), 1, **like) * torch.randn(prediction.shape, **like)
+    if kind == "classification":
+        return output, torch.randint(prediction.shape[1], (len(prediction),), device=prediction.device)
+    return output, torch.randn(prediction.shape, **like)
 
 
 def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]:
@@ -278,7 +289,7 @@ def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]
             raise ValueError(f"the {name} batches are empty or used up; pass a loader that can be iterated again")
 
 
-def _geometric(last: int, count: int) -> list[int]:
+def rehearsal_moments(last: int, count: int) -> list[int]:
     """``count`` steps growing by √2, ending at ``last``; duplicates and zeros are dropped."""
     return sorted({step for k in range(count) if (step := round(last * 2 ** (-k / 2))) >= 1})
 

@@ -1,50 +1,91 @@
 """What ten seeds cost when they run as one program: python benchmarks/seeds.py
 
-The task is digits with the MLP 64-64-10, batch 100, SGD with momentum .9, the loss adapted online. Times are CPU
-seconds per step of one process on one thread: of ``fit_seeds`` with 1 to 20 seeds, and of ``fit``, interleaved; medians
-over repetitions, and the quartiles of the ratio to ``fit`` for one seed. Writes results/seeds.json.
+The task is digits with the MLP 64-64-10, batch 100, SGD with momentum .9. Times are CPU seconds per step of one process
+on one thread: of ``fit_seeds``, the loss adapted online, with 1 to 20 seeds, beside ``fit`` for one; and of
+``initialise_seeds`` (meta steps alone, without imitation and rehearsals) beside ``initialise``. They are interleaved:
+given are medians over repetitions, and the quartiles of the ratio to one seed alone. Writes results/seeds.json.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from adalfl_lite import LossNetwork, build_model, fit, fit_seeds, load_dataset
+from adalfl_lite import LossNetwork, build_model, fit, fit_seeds, initialise, initialise_seeds, load_dataset
 from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
 
 SEEDS = (1, 2, 5, 10, 20)
 
-
-def make(seed: int) -> tuple[torch.nn.Module, LossNetwork]:
-    """The base model and the loss network of one seed."""
-    torch.manual_seed(seed)
-    return build_model("mlp64", input_shape=(64,), outputs=10), LossNetwork.classification()
+make_optimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 
 
-def run(count: int, steps: int, *, together: bool) -> float:
-    """CPU seconds per step of ``count`` seeds; evaluation at the first and the last step is taken off."""
+def make_model() -> torch.nn.Module:
+    """A base model."""
+    return build_model("mlp64", input_shape=(64,), outputs=10)
+
+
+def train(count: int, steps: int, *, together: bool) -> None:
+    """Online training of ``count`` seeds, evaluated at the first and the last step."""
     data = load_dataset("digits")
-    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    models, losses = zip(*map(make, range(count)), strict=True)
-    options = {"online": True, "progress": False}
+    models, losses = [make_model() for _ in range(count)], [LossNetwork.classification() for _ in range(count)]
+    settings = {"online": True, "progress": False, "steps": steps, "evaluate_every": steps}
+    if together:
+        fit_seeds(models, losses, data, make_optimizer=make_optimizer, seeds=range(count), **settings)
+        return
+    for i in range(count):
+        fit(models[i], losses[i], data, optimizer=make_optimizer(models[i].parameters()), seed=i, **settings)
 
-    def train(steps: int) -> float:
+
+def meta_learn(count: int, steps: int, *, together: bool) -> None:
+    """The meta steps of Algorithm 1 for ``count`` seeds."""
+    data = load_dataset("digits")
+    streams = [[split.batches(100, seed=i) for i in range(count)] for split in (data.train, data.valid)]
+    settings = {"make_optimizer": make_optimizer, "steps": steps, "imitation_steps": 0, "rehearsals": 0}
+    if together:
+        initialise_seeds(LossNetwork.classification, make_model, *streams, seeds=range(count), **settings)
+        return
+    for train_batches, valid_batches in zip(*streams, strict=True):
+        initialise(LossNetwork.classification(), make_model, train_batches, valid_batches, **settings)
+
+
+def seconds_per_step(work: Callable[..., None], count: int, steps: int, *, together: bool) -> float:
+    """CPU seconds that a step more takes."""
+    torch.manual_seed(0)
+
+    def seconds(steps: int) -> float:
         begin = time.process_time()
-        settings = {"steps": steps, "evaluate_every": steps, **options}
-        if together:
-            fit_seeds(models, losses, data, make_optimizer=sgd, seeds=range(count), **settings)
-        else:
-            for i in range(count):
-                fit(models[i], losses[i], data, optimizer=sgd(models[i].parameters()), seed=i, **settings)
+        work(count, steps, together=together)
         return time.process_time() - begin
 
-    return (train(steps + 5) - train(5)) / steps
+    return (seconds(steps + 5) - seconds(5)) / steps
+
+
+def compare(work: Callable[..., None], repeats: int, steps: int) -> pd.DataFrame:
+    """A row for each number of seeds."""
+    records = []
+    for repeat in range(repeats + 1):
+        alone = seconds_per_step(work, 1, steps, together=False)
+        for count in SEEDS:
+            seconds = seconds_per_step(work, count, steps, together=True)
+            records.append(
+                {"repeat": repeat, "seeds": count, "seconds": seconds, "ratio": seconds / alone, "alone": alone}
+            )
+    groups = pd.DataFrame(records).query("repeat > 0").groupby("seeds")  # the first repetition warms up
+    return pd.DataFrame(
+        {
+            "seconds_per_step": groups.seconds.median(),
+            "alone_seconds_per_step": groups.alone.median(),
+            "ratio": groups.ratio.median(),
+            "ratio_low": groups.ratio.quantile(0.25),
+            "ratio_high": groups.ratio.quantile(0.75),
+        }
+    ).reset_index()
 
 
 if __name__ == "__main__":
@@ -54,26 +95,10 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "seeds.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    records = []
-    for repeat in range(options.repeats + 1):
-        alone = run(1, options.steps, together=False)
-        for count in SEEDS:
-            seconds = run(count, options.steps, together=True)
-            records.append(
-                {"repeat": repeat, "seeds": count, "seconds": seconds, "ratio": seconds / alone, "alone": alone}
-            )
-    groups = pd.DataFrame(records).query("repeat > 0").groupby("seeds")  # the first repetition warms up
-    table = pd.DataFrame(
-        {
-            "seconds_per_step": groups.seconds.median(),
-            "fit_seconds_per_step": groups.alone.median(),
-            "ratio": groups.ratio.median(),
-            "ratio_low": groups.ratio.quantile(0.25),
-            "ratio_high": groups.ratio.quantile(0.75),
-        }
-    ).reset_index()
-    print(table.to_string(index=False, float_format="%.3g"))
     result = {"command": "python benchmarks/seeds.py", "threads": 1, "repeats": options.repeats, "steps": options.steps}
+    for name, work in (("rows", train), ("initialise_rows", meta_learn)):
+        table = compare(work, options.repeats, options.steps)
+        print(table.to_string(index=False, float_format="%.3g"))
+        result[name] = json.loads(table.to_json(orient="records"))
     with atomic_path(options.output) as temporary:
-        rows = json.loads(table.to_json(orient="records"))
-        temporary.write_text(json.dumps({**result, **provenance(), "rows": rows}, indent=1) + "\n")
+        temporary.write_text(json.dumps({**result, **provenance()}, indent=1) + "\n")

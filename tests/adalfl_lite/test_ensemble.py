@@ -1,13 +1,15 @@
 """Several seeds in one program end where each of them alone would."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from adalfl_lite.data import Dataset, Split
-from adalfl_lite.ensemble import fit_seeds
+from adalfl_lite.ensemble import fit_seeds, initialise_seeds
+from adalfl_lite.initialisation import initialise
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.training import fit
 
@@ -139,3 +141,98 @@ def test_what_cannot_be_stacked_is_refused():
     refused(TypeError, "RMSprop is not known to treat every entry alike", optimizer=torch.optim.RMSprop)
     refused(ValueError, "meta_batches must be 'valid' or 'train', got 'test'", meta_batches="test")
     refused(ValueError, "steps must be at least 1, got 0", steps=0)
+
+
+MANY = {"steps": 30, "imitation_steps": 10, "rollout_steps": 4, "rehearsals": 3, "rehearsal_steps": 5}
+
+
+def streams(kind):
+    datasets = [make_data(kind, seed) for seed in SEEDS]
+    return [[getattr(d, split).batches(8, seed=1) for d in datasets] for split in ("train", "valid")]
+
+
+def assert_initialised_as_alone(build, kind, make_optimizer, network=None, **options):
+    options = {**MANY, **options, "make_optimizer": make_optimizer}
+
+    def make_loss_network():
+        return LossNetwork.default(kind, **(network or {})).double()
+
+    def make_model():
+        return build().double()
+
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    losses, outcomes = initialise_seeds(make_loss_network, make_model, *streams(kind), seeds=SEEDS, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    train, valid = streams(kind)
+    for i, seed in enumerate(SEEDS):
+        torch.manual_seed(seed)
+        loss = make_loss_network()
+        start = flat([loss])
+        alone = initialise(loss, make_model, train[i], valid[i], **options)
+        torch.testing.assert_close(flat([losses[i]]), flat([loss]), rtol=1e-6, atol=1e-7)
+        assert (flat([loss]) - start).abs().max() > 1e-3
+        assert (outcomes[i].steps, outcomes[i].chosen_step) == (alone.steps, alone.chosen_step)
+        assert outcomes[i].abandoned_rollouts == alone.abandoned_rollouts
+        assert outcomes[i].rehearsals.to_numpy() == pytest.approx(alone.rehearsals.to_numpy(), rel=1e-6)
+    return outcomes
+
+
+@pytest.mark.parametrize("build", [mlp, batch_norm])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_seeds_initialised_together_are_separate_runs(build, kind):
+    assert_initialised_as_alone(build, kind, OPTIMIZERS["momentum"])
+
+
+PAPERS = {"imitation_steps": 0, "rollout_steps": 1}
+
+
+@pytest.mark.parametrize(("optimizer", "changes"), [("SGD", {}), ("Nesterov", PAPERS), ("Adam", {"rehearsals": 0})])
+def test_initialised_with_any_optimizer_with_or_without_the_additions(optimizer, changes):
+    assert_initialised_as_alone(mlp, "classification", OPTIMIZERS[optimizer], **changes)
+
+
+@pytest.mark.parametrize("network", [{"anchored": False, "reduction": "sum", "activation": "relu"}, {"bias": True}])
+def test_initialised_anchored_or_not(network):
+    assert_initialised_as_alone(mlp, "regression", OPTIMIZERS["SGD"], network)
+
+
+def linear():
+    return nn.Sequential(nn.Linear(5, 20), nn.Linear(20, 3))
+
+
+def test_a_rollout_that_explodes_starts_over_alone():
+    steep = partial(torch.optim.SGD, lr=3, momentum=0.5)
+    outcomes = assert_initialised_as_alone(linear, "regression", steep, rehearsals=0)
+    assert len({outcome.abandoned_rollouts for outcome in outcomes}) > 1, "they start over at different steps"
+
+
+def test_adam_cannot_start_over_for_one_seed():
+    with pytest.raises(FloatingPointError, match="Adam cannot start over for one seed of a stack"):
+        assert_initialised_as_alone(linear, "regression", partial(torch.optim.Adam, lr=30), rehearsals=0)
+
+
+def test_seeds_whose_rehearsals_all_diverge_are_named():
+    options = {"rehearsal_steps": 40, "make_optimizer": partial(torch.optim.SGD, lr=1e12)}
+    with pytest.raises(FloatingPointError, match="all 4 rehearsals of seed 3 diverged"):
+        assert_initialised_as_alone(linear, "regression", **options)
+
+
+def test_what_cannot_be_initialised_together_is_refused():
+    train, valid = streams("classification")
+    options = {**MANY, "make_optimizer": OPTIMIZERS["SGD"], "seeds": SEEDS}
+    with pytest.raises(ValueError, match="got 3 seeds, 2 train, 3 valid"):
+        initialise_seeds(LossNetwork.classification, mlp, train[:2], valid, **options)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        initialise_seeds(LossNetwork.classification, mlp, train, valid, **{**options, "steps": 0})
+    same = mlp().double()
+    with pytest.raises(ValueError, match="make_model returned the same model again"):
+        initialise_seeds(LossNetwork.classification, lambda: same, train, valid, **{**options, "imitation_steps": 0})
+    with pytest.raises(ValueError, match="dropout draws other numbers"):
+        initialise_seeds(
+            LossNetwork.classification,
+            lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout()).double(),
+            train,
+            valid,
+            **{**options, "imitation_steps": 0},
+        )

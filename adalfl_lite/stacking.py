@@ -1,0 +1,235 @@
+"""S models, and S loss networks, as one function of stacked tensors, and Algorithm 2's step for all of them.
+
+Small models leave a processor idle: a step on a batch of digits is a hundred kernels of a few microseconds each. Here
+θ, φ, both optimizers' states and the batches carry a leading dimension S, and one step advances every seed:
+
+- the models by ``torch.func.vmap``, their tangents u = J_f w by ``torch.func.jvp`` around it;
+- the loss networks by :mod:`adalfl_lite.closed_form`, which takes stacked weights, so ∂M_φ/∂f needs no backward pass;
+- the optimizers as they are: SGD, Adam and AdamW treat every entry alike, and do not mind a stacked tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+from torch.optim import Optimizer
+
+from adalfl_lite.closed_form import Layer, layers_of, mixed_gradient, value_and_slope
+from adalfl_lite.losses import LossNetwork
+from adalfl_lite.updates import RULES, update_pullback
+
+
+class Stack:
+    """S models as one function of stacked parameters and buffers."""
+
+    def __init__(self, models: Sequence[nn.Module]):
+        self.models = list(models)
+        self.model = copy.deepcopy(models[0]).train()
+        self.names = [name for name, _ in self.model.named_parameters()]
+        rows = zip(*(model.parameters() for model in models), strict=True)
+        self.parameters = [torch.stack([p.detach() for p in row]).requires_grad_() for row in rows]
+        buffers = [dict(model.named_buffers()) for model in models]
+        self.buffers = {name: torch.stack([row[name] for row in buffers]) for name in buffers[0]}
+
+    def __call__(self, parameters: Sequence[Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """(S, B, C) for inputs (S, B, ...); ``buffers`` are updated in place, as in train mode."""
+
+        def one(theta: dict[str, Tensor], state: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(self.model, {**theta, **state}, (x,))
+
+        return vmap(one)(dict(zip(self.names, parameters, strict=True)), buffers, inputs)
+
+    @torch.no_grad()
+    def replace(self, i: int, model: nn.Module) -> None:
+        """Put another model in the place of the i-th."""
+        for stacked, parameter in zip(self.parameters, model.parameters(), strict=True):
+            stacked[i].copy_(parameter)
+        for name, buffer in model.named_buffers():
+            self.buffers[name][i].copy_(buffer)
+        self.models[i] = model
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Bring the S models to where the stack is."""
+        for i, model in enumerate(self.models):
+            for parameter, stacked in zip(model.parameters(), self.parameters, strict=True):
+                parameter.copy_(stacked[i])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(self.buffers[name][i])
+
+
+Along = Callable[[Tensor], list[Tensor]]
+
+
+class StackedLoss:
+    """S loss networks as one; ``parameters`` are φ, stacked."""
+
+    def __init__(self, networks: Sequence[LossNetwork]):
+        self.networks = networks
+        rows = zip(*(network.parameters() for network in networks), strict=True)
+        self.parameters = [torch.stack([p.detach() for p in row]) for row in rows]
+
+    def derivatives(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Along]:
+        """M_φ (S,), ∂M_φ/∂f (S, B, C), and the function u ↦ ∇_φ ⟨∂M_φ/∂f, u⟩ of a tangent (S, B, C)."""
+        first = self.networks[0]
+        layers: list[Layer] = layers_of(first.network, self.parameters) or []
+        shape, points = prediction.shape, prediction.flatten(1).shape[1]
+        count = points if first.reduction == "mean" else shape[1]
+        output, targets = prediction, target
+        if first.kind == "classification":
+            output, targets = prediction.softmax(-1), F.one_hot(target, shape[-1]).to(prediction.dtype)
+        y, p = targets.flatten(1), output.flatten(1)
+        if first.anchored:  # the Bregman form also needs value and slope at p = y
+            y, p = torch.cat([y, y], 1), torch.cat([p, y], 1)
+        value, slope, tape = value_and_slope(layers, y, p)
+        if first.anchored:
+            slope, base = slope[:, :points] - slope[:, points:], slope[:, points:]
+            value = value[:, :points] - value[:, points:] - base * (p - y)[:, :points]
+
+        def to_logits(vector: Tensor) -> Tensor:
+            """Along the softmax, whose Jacobian is symmetric; nothing to do in regression."""
+            if first.kind == "regression":
+                return vector
+            return output * (vector - (output * vector).sum(-1, keepdim=True))
+
+        def along(tangent: Tensor) -> list[Tensor]:
+            weights = to_logits(tangent).flatten(1) / count
+            return mixed_gradient(tape, torch.cat([weights, -weights], 1) if first.anchored else weights)
+
+        return value.sum(1) / count, to_logits(slope.view(shape)) / count, along
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Bring the S loss networks to where the stack is."""
+        for i, network in enumerate(self.networks):
+            for parameter, stacked in zip(network.parameters(), self.parameters, strict=True):
+                parameter.copy_(stacked[i])
+
+
+def task_losses(kind: str, prediction: Tensor, targets: Tensor) -> Tensor:
+    """L_T of every seed, (S,), for predictions (S, B, C)."""
+    if kind == "classification":
+        return (
+            F.cross_entropy(prediction.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+        )
+    return (prediction - targets).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class StackedStep:
+    """What :func:`stacked_step` found, for each of the S seeds."""
+
+    learned_loss: Tensor
+    """(S,), before the step."""
+    task_loss: Tensor
+    """(S,), on the meta batch after the step; without one, the learned loss."""
+    meta_gradient: list[Tensor] | None
+    """∇_φ of it, stacked as φ is; None without a meta batch."""
+
+    def finite(self) -> Tensor:
+        """Which seeds have finite losses and a finite meta-gradient: bool (S,)."""
+        good = self.learned_loss.isfinite() & self.task_loss.isfinite()
+        for gradient in self.meta_gradient or []:
+            good &= gradient.isfinite().flatten(1).all(1)
+        return good
+
+
+def stacked_step(
+    stack: Stack,
+    loss: StackedLoss | None,
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    batch: tuple[Tensor, Tensor],
+    meta_batch: tuple[Tensor, Tensor] | None = None,
+) -> StackedStep:
+    """One step of every θ on its batch, and ∇_φ of the task loss that it leads to on the meta batch, if there is one.
+
+    Args:
+        stack, loss, optimizer: θ, φ (None: the task loss) and the optimizer of ``stack.parameters``; φ is left alone.
+        kind: of the task loss.
+        batch, meta_batch: inputs (S, B, ...) and targets (S, B) or (S, B, K).
+    """
+    inputs, targets = batch
+    before = [p.detach().clone() for p in stack.parameters] if meta_batch else []
+    buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()} if meta_batch else {}
+    prediction = stack(stack.parameters, stack.buffers, inputs)
+    if loss is None:
+        learned = task_losses(kind, prediction, targets)
+        gradients = torch.autograd.grad(learned.sum(), stack.parameters)
+    else:
+        learned, output_gradient, derivative = loss.derivatives(prediction.detach(), targets)
+        gradients = torch.autograd.grad(prediction, stack.parameters, output_gradient)
+    pullback = update_pullback(optimizer, gradients) if meta_batch else None
+    for parameter, gradient in zip(stack.parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    learned = learned.detach()
+    if loss is None or meta_batch is None or pullback is None:
+        return StackedStep(learned, learned, None)
+
+    meta_buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
+    task = task_losses(kind, stack(stack.parameters, meta_buffers, meta_batch[0]), meta_batch[1])
+    w = pullback(torch.autograd.grad(task.sum(), stack.parameters))
+
+    def output(*theta: Tensor) -> Tensor:
+        return stack(theta, {name: buffer.clone() for name, buffer in buffers.items()}, inputs)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
+        tangent = jvp(output, tuple(before), tuple(w))[1]
+    return StackedStep(learned, task.detach(), derivative(tangent))
+
+
+@torch.no_grad()
+def meta_step(meta_optimizer: Optimizer, result: StackedStep) -> None:
+    """Update φ with the meta-gradient of a step; a seed where that is not finite keeps its φ."""
+    bad = ~result.finite()
+    parameters = meta_optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, result.meta_gradient or [], strict=True):
+        parameter.grad = gradient
+    if not bad.any():
+        meta_optimizer.step()
+        return
+    for parameter in parameters:
+        parameter.grad[bad] = 0
+    moments = [value for state in meta_optimizer.state.values() for value in state.values() if value.ndim]
+    kept = [(tensor, tensor[bad].clone()) for tensor in (*parameters, *moments)]
+    meta_optimizer.step()
+    for tensor, rows in kept:
+        tensor[bad] = rows
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of a step for the next one instead of handing it back each time."""
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does
+
+
+def check_stackable(
+    models: Sequence[nn.Module], losses: Sequence[nn.Module], optimizer: Optimizer | None = None
+) -> None:
+    """Raise ``ValueError`` or ``TypeError``, with the reason, unless one program trains these as each would alone."""
+    for name, modules in (("models", models), ("losses", losses)):
+        shapes = [
+            [(key, value.shape, value.dtype, value.device) for key, value in m.state_dict().items()] for m in modules
+        ]
+        if any(other != shapes[0] for other in shapes[1:]):
+            raise ValueError(f"the {name} differ in parameters, dtype or device; all must be of one architecture")
+    for module in models[0].modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError("dropout draws other numbers in a stack than alone; train such models with fit")
+    if any(not parameter.requires_grad for parameter in models[0].parameters()):
+        raise ValueError("some parameters are frozen; train such models with fit")
+    for network in losses:
+        if type(network) is not LossNetwork or layers_of(network.network) is None:
+            raise TypeError(f"{type(network).__name__} cannot be stacked; give LossNetworks of known layers")
+        if str(network) != str(losses[0]):
+            raise ValueError("the losses differ in kind, layers or anchor; all must be of one architecture")
+    if optimizer is not None and type(optimizer) not in RULES:
+        raise TypeError(f"{type(optimizer).__name__} is not known to treat every entry alike; use SGD, Adam or AdamW")
