@@ -15,7 +15,7 @@ Read the modules in this order, which is also the direction of every import:
     training        fit: history, evaluation, checkpoints
     stacking        several models, or loss networks, as one function
     ensemble        initialisation and fit for several seeds at once
-    tasks           the registry; corruption: label noise and imbalance
+    tasks           the registry; corruption: label noise and imbalance; augmentation: crops and flips
     baselines       other losses, designed or learned
     methods         how each loss is had: the table of what is compared
     experiments     methods over tasks and seeds

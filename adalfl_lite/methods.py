@@ -214,6 +214,7 @@ def train(
         meta_learning_rate=None if how.learned_rate else ONLINE_META_LEARNING_RATE[data.kind],
         meta_batches=how.meta_batches,
         scheduler=scheduler,
+        augment=task.augmentation,
         seed=seed,
         callback=callback,
         checkpoint=checkpoint,
@@ -256,6 +257,8 @@ def initialised(
         return evaluate(model, meta, data.kind)
 
     batches = train.batches(task.batch_size, seed=20_000 + seed)
+    if task.augmentation:
+        batches = ((task.augmentation(inputs), targets) for inputs, targets in batches)
     meta_batches = meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed)
     if method.loss in SEARCH_BUDGET:
         arguments = (make_model, batches, meta_batches, validate, device)
@@ -351,6 +354,7 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, loss: Loss, device:
                 steps=task.steps,
                 batch_size=task.batch_size,
                 scheduler=candidate.make_scheduler(optimizer),
+                augment=task.augmentation,
                 seed=seed,
                 evaluate_every=task.steps,
                 progress=False,

@@ -11,7 +11,7 @@ svhn; digits, iris, wine and breast_cancer are small ones that need no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from adalfl_lite.augmentation import crop_and_flip
 from adalfl_lite.corruption import with_imbalance, with_label_noise
 from adalfl_lite.data import Dataset, load_dataset
 from adalfl_lite.models import build_model
@@ -29,7 +30,8 @@ class Task:
     """A data set, a base model and the settings of its base optimizer, SGD.
 
     ``drops`` are the moments, as fractions of the training, at which the learning rate falls to a tenth;
-    ``label_noise`` and ``imbalance`` make a classification task harder, see :mod:`adalfl_lite.corruption`.
+    ``augment`` crops and flips training images, see :mod:`adalfl_lite.augmentation`; ``label_noise`` and ``imbalance``
+    make a classification task harder, see :mod:`adalfl_lite.corruption`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Task:
     nesterov: bool = False
     weight_decay: float = 0.0
     drops: tuple[float, ...] = ()
+    augment: bool = False
     label_noise: float = 0.0
     imbalance: float = 1.0
 
@@ -66,6 +69,11 @@ class Task:
             weight_decay=self.weight_decay,
         )
 
+    @property
+    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+        """What changes the images of a training batch, for ``fit``; None if nothing does."""
+        return crop_and_flip if self.augment else None
+
     def schedule(self, step: int) -> float:
         """The factor of the learning rate at a step."""
         return 0.1 ** sum(step >= round(drop * self.steps) for drop in self.drops)
@@ -86,7 +94,7 @@ class Task:
 
 
 IMAGES: dict[str, Any] = {"batch_size": 128, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-CIFAR: dict[str, Any] = {**IMAGES, "steps": 150_000, "drops": (2 / 3, 0.9)}
+CIFAR: dict[str, Any] = {**IMAGES, "augment": True, "steps": 150_000, "drops": (2 / 3, 0.9)}
 
 TASKS = {
     task.name: task

@@ -53,6 +53,7 @@ def fit(
     clip_meta_gradient: float | None = None,
     engine: str = "forward",
     scheduler: LRScheduler | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     evaluate_every: int | None = None,
     callback: Callback | None = None,
@@ -79,6 +80,8 @@ def fit(
             batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a forward pass.
         scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
             schedule of another run, :func:`~adalfl_lite.learning_rate.replay`.
+        augment: changes the inputs of a training batch at random, such as
+            :func:`~adalfl_lite.augmentation.crop_and_flip`; batches of the valid split stay as they are.
         seed: seeds the order of the batches; seed torch yourself before drawing ``model``.
         evaluate_every: steps between evaluations; a twentieth of the run by default.
         callback: called at every evaluation with (step, model, loss).
@@ -171,6 +174,7 @@ def fit(
         "online": online,
         "learn": learn,
         "meta_batches": meta_batches,
+        "augment": getattr(augment, "__name__", type(augment).__name__) if augment else None,
         "seed": seed,
         "evaluate_every": evaluate_every,
         "meta_learning_rate": meta_learning_rate,
@@ -191,6 +195,10 @@ def fit(
     if checkpoint is not None and Path(checkpoint).exists():
         history = _resume(checkpoint, run, parts)
     start, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
+
+    def read(split: Split, rows: Tensor) -> Batch:
+        inputs, targets = split[rows]
+        return (augment(inputs), targets) if augment and split is train else (inputs, targets)
 
     def record(step: int, train_loss: float, meta_loss: float) -> None:
         row = {"step": step, "train_loss": train_loss, "meta_loss": meta_loss}
@@ -213,12 +221,12 @@ def fit(
     meta_batch: Batch | None = None
     for step in bar:
         rows = next(batches)
-        batch = train[rows] if meta_batches != "next" or meta_batch is None else meta_batch
+        batch = read(train, rows) if meta_batches != "next" or meta_batch is None else meta_batch
         if on_divergence == "skip":
             good = _states(learned)
         try:
             if learner:
-                meta_batch = meta[next(metas)]
+                meta_batch = read(meta, next(metas))
                 result = learner.step(batch, meta_batch)
                 losses.append(result.learned_loss)
                 meta_losses.append(result.task_loss)
