@@ -19,7 +19,7 @@ Read the modules in this order, which is also the direction of every import:
     baselines       other losses, designed or learned
     methods         how each loss is had: the table of what is compared
     experiments     methods over tasks and seeds
-    loss_prediction which examples will have a large loss; active_learning: and what to label next
+    loss_prediction which examples will have a large loss; active_learning: and what to label next; keypoints: a task
     cli             the command ``adalfl``
 """
 

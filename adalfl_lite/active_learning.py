@@ -11,6 +11,9 @@ repeat. The strategies start from the same rows, model and batches, so the first
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -35,14 +38,17 @@ def active_learning(
     data: Dataset,
     strategy: str,
     *,
-    model: str = "mlp64",
+    model: str | Callable[[], nn.Module] = "mlp64",
+    module: Callable[[Sequence[int]], nn.Module] = LossModule,
     rounds: int = 5,
     first: int = 100,
     added: int = 100,
     steps: int = 500,
     members: int = 5,
     pool: int | None = None,
+    batch_size: int = 64,
     learning_rate: float = 1e-3,
+    record: Callable[[nn.Module, Tensor], dict[str, float]] = lambda model, labelled: {},
     seed: int = 0,
 ) -> pd.DataFrame:
     """The test error after each round of labelling.
@@ -50,18 +56,23 @@ def active_learning(
     Args:
         data: for regression. The train split is the pool of rows, at first unlabelled; the test split is reported on.
         strategy: one of :data:`STRATEGIES`.
-        model: a name for :func:`~adalfl_lite.models.build_model`; its hidden ReLU layers are what the module sees.
+        model: a name for :func:`~adalfl_lite.models.build_model`, or a function that makes one; its hidden ReLU layers
+            are what the module sees.
+        module: makes a loss module for the numbers of channels of those layers:
+            :class:`~adalfl_lite.loss_prediction.LossModule`, or ``ConvLossModule`` for images.
         rounds: how many models are trained, one after another, each from scratch.
         first: rows labelled at the start, drawn at random.
         added: rows labelled after each round.
         steps: of training, per round.
         members: of the ensemble.
         pool: choose within a random subset of so many unlabelled rows; all of them by default.
+        batch_size: of training.
         learning_rate: of Adam.
+        record: called after each round with the model and the labelled rows; what it returns are further columns.
         seed: of everything.
 
     Returns:
-        One row per round: strategy, seed, round, labelled, test_error (mean squared error).
+        One row per round: strategy, seed, round, labelled, test_error (mean squared error), and what ``record`` gave.
 
     Raises:
         ValueError: an unknown strategy, data for classification, or fewer rows than are to be labelled.
@@ -79,11 +90,16 @@ def active_learning(
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     labelled, unlabelled = order[:first], order[first:]
     records = []
+
+    def make_model() -> nn.Module:
+        return model() if callable(model) else build_model(model, input_shape=data.input_shape, outputs=data.outputs)
+
+    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     for number in range(rounds):
-        trained, scores = _round(data, strategy, model, inputs, labelled, targets, steps, members, learning_rate, seed)
+        trained, scores = _round(strategy, make_model, module, inputs, targets, labelled, members, options)
         error, _ = evaluate(trained, data.test, data.kind)
         row = {"strategy": strategy, "seed": seed, "round": number, "labelled": len(labelled), "test_error": error}
-        records.append(row)
+        records.append({**row, **record(trained, labelled)})
         if number < rounds - 1:
             chosen = select_batch(scores, unlabelled, added, pool=pool, seed=seed + number)
             labelled = torch.cat([labelled, chosen])
@@ -92,36 +108,27 @@ def active_learning(
 
 
 def _round(
-    data: Dataset,
     strategy: str,
-    name: str,
+    make_model: Callable[[], nn.Module],
+    make_module: Callable[[Sequence[int]], nn.Module],
     inputs: Tensor,
-    labelled: Tensor,
     targets: Tensor,
-    steps: int,
+    labelled: Tensor,
     members: int,
-    learning_rate: float,
-    seed: int,
+    options: dict[str, Any],
 ) -> tuple[nn.Module, Tensor]:
     """A model trained on the labelled rows, and the strategy's score of every row."""
+    pair_loss, seed = PAIR_LOSSES.get(strategy, pair_divergence), options["seed"]
 
-    def trained(member: int) -> tuple[nn.Module, LossModule, list[nn.Module]]:
+    def trained(member: int) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
         torch.manual_seed(1000 * seed + member)
-        model = build_model(name, input_shape=data.input_shape, outputs=data.outputs)
+        model = make_model()
         layers: list[nn.Module] = [layer for layer in model.modules() if isinstance(layer, nn.ReLU)]
         with torch.no_grad(), FeatureTap(layers) as tap:
             model(inputs[:2])
-        module = LossModule([features.shape[1] for features in tap.maps])
+        module = make_module([features.shape[1] for features in tap.maps])
         train_with_loss_module(
-            model,
-            module,
-            layers,
-            inputs[labelled],
-            targets[labelled],
-            pair_loss=PAIR_LOSSES.get(strategy, pair_divergence),
-            steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
+            model, module, layers, inputs[labelled], targets[labelled], pair_loss=pair_loss, **options
         )
         return model, module, layers
 

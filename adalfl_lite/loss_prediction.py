@@ -10,6 +10,9 @@ The gradient of (1) along (l̂_i, l̂_j) is (−s, s) wherever the margin ξ is 
 a tie pushes as hard as one that is far apart. That of (2) is q − p: it vanishes where the scores say by how much the
 losses differ, and is smooth in the true difference. It has no margin to choose.
 
+Two modules: :class:`LossModule` averages every feature map over its positions at once, :class:`ConvLossModule` puts the
+maps together where they are, so that it can see *what is beside what*.
+
 Everything here is for regression; the true loss of an example is its squared error, averaged over the outputs.
 """
 
@@ -29,7 +32,7 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def example_losses(prediction: Tensor, target: Tensor) -> Tensor:
-    """The squared error of each example, the mean over its outputs: (B,) from (B, K) and (B, K)."""
+    """The squared error of each example, the mean over its outputs: (B,) from two tensors (B, K), or two (B,)."""
     check_regression(prediction, target)
     return (prediction - target).square().reshape(len(target), -1).mean(1)
 
@@ -91,6 +94,46 @@ class LossModule(nn.Module):
         return self.score(torch.cat(hidden, 1)).squeeze(1)
 
 
+class ConvLossModule(nn.Module):
+    """Predicts a score per example from image-like feature maps of several scales, as LearningLoss++ does.
+
+    Each map goes through a 3 x 3 convolution of ``width`` channels and a ReLU, and is averaged down to the size of the
+    smallest map; the results are concatenated, a second convolution and a ReLU combine them; its maps are averaged over
+    their positions, and one linear layer gives the score. (How wide and deep the module is, is our choice.)
+
+    Args:
+        features: the number of channels of each map.
+        width: channels of each convolution.
+    """
+
+    def __init__(self, features: Sequence[int], *, width: int = 16):
+        super().__init__()
+        if not features:
+            raise ValueError("a loss module needs at least one feature map, got none")
+        self.branches = nn.ModuleList(nn.Conv2d(count, width, 3, padding=1) for count in features)
+        self.combine = nn.Conv2d(width * len(features), width, 3, padding=1)
+        self.score = nn.Linear(width, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Scores (B,) of maps (B, F, H, W), in the order of ``features``, their sizes in any order.
+
+        Raises:
+            ValueError: a map has no positions.
+        """
+        for values in maps:
+            if values.ndim != 4:
+                raise ValueError(
+                    f"ConvLossModule needs maps of shape (B, F, H, W), got {tuple(values.shape)}; LossModule takes both"
+                )
+        height, width = min((values.shape[2:] for values in maps), key=lambda sides: sides[0] * sides[1])
+        scales = [
+            F.adaptive_avg_pool2d(branch(values).relu(), (height, width))
+            for branch, values in zip(self.branches, maps, strict=True)
+        ]
+        combined = self.combine(torch.cat(scales, 1)).relu()
+        return self.score(combined.mean((2, 3))).squeeze(1)
+
+
 class FeatureTap:
     """Records the outputs of some layers whenever a model runs: ``with FeatureTap(layers) as tap: model(x); tap.maps``.
 
@@ -125,7 +168,7 @@ class FeatureTap:
         self._handles.clear()
 
 
-def predict_losses(model: nn.Module, module: LossModule, layers: Sequence[nn.Module], inputs: Tensor) -> Tensor:
+def predict_losses(model: nn.Module, module: nn.Module, layers: Sequence[nn.Module], inputs: Tensor) -> Tensor:
     """The scores (B,) of ``inputs``, both networks in eval mode (put back afterwards), without a graph."""
     modes = model.training, module.training
     model.eval(), module.eval()
@@ -138,7 +181,7 @@ def predict_losses(model: nn.Module, module: LossModule, layers: Sequence[nn.Mod
 
 def train_with_loss_module(
     model: nn.Module,
-    module: LossModule,
+    module: nn.Module,
     layers: Sequence[nn.Module],
     inputs: Tensor,
     targets: Tensor,
@@ -155,7 +198,8 @@ def train_with_loss_module(
     The module sees the features without a graph, so that it reads the model but does not shape it.
 
     Args:
-        model, module: trained in place, in train mode.
+        model: trained in place, in train mode.
+        module: a :class:`LossModule` or :class:`ConvLossModule`, trained likewise.
         layers: submodules of the model whose outputs the module sees.
         inputs: (N, ...).
         targets: (N, K), float.
@@ -173,7 +217,7 @@ def train_with_loss_module(
     if size < 2:
         raise ValueError(f"pairs need at least 2 rows, got {len(inputs)} rows and batch_size={batch_size}")
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([*model.parameters(), *module.parameters()], lr=learning_rate)
+    optimizer = torch.optim.Adam([*model.parameters(), *module.parameters()], lr=learning_rate, fused=True)
     values = []
     model.train(), module.train()
     with FeatureTap(layers) as tap:

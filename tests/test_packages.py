@@ -26,6 +26,7 @@ METHOD = (
     "training",
     "ensemble",
     "loss_prediction",
+    "keypoints",
     "methods",
 )
 MODULES = sorted([*(ROOT / "adalfl_lite").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])

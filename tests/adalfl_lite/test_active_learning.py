@@ -9,6 +9,8 @@ import torch
 from adalfl_lite import active_learning as module
 from adalfl_lite.active_learning import STRATEGIES, active_learning
 from adalfl_lite.data import load_dataset
+from adalfl_lite.keypoints import HeatmapNet, figures_dataset
+from adalfl_lite.loss_prediction import ConvLossModule
 
 DIABETES = load_dataset("diabetes", seed=0)
 OPTIONS = {"rounds": 3, "first": 20, "added": 30, "steps": 10, "members": 2}
@@ -67,6 +69,33 @@ def test_the_strategies_choose_what_they_say(monkeypatch):
         assert scores[chosen].min() >= scores[rest].max()
         labelled |= set(chosen.tolist())
     assert len(calls) == 2 and len(labelled) == 60
+
+
+def test_figures_are_learned_actively_with_a_module_and_measures_of_ones_own():
+    data = figures_dataset(60, 1, 20)
+    made = []
+
+    def make_module(features):
+        made.append(ConvLossModule(features, width=4))
+        return made[-1]
+
+    def record(model, labelled):
+        return {"counted": len(labelled), "outputs": model(data.test.inputs[:1]).numel()}
+
+    history = active_learning(
+        data,
+        "learning-loss++",
+        model=lambda: HeatmapNet(width=2),
+        module=make_module,
+        rounds=2,
+        first=10,
+        added=5,
+        steps=2,
+        batch_size=4,
+        record=record,
+    )
+    assert history.counted.tolist() == history.labelled.tolist() == [10, 15]
+    assert set(history.outputs) == {data.outputs} and len(made) == 2
 
 
 def test_what_cannot_be_done_is_refused():

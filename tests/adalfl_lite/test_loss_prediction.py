@@ -9,6 +9,7 @@ from torch import nn
 
 from adalfl_lite.loss_prediction import (
     PAIR_LOSSES,
+    ConvLossModule,
     FeatureTap,
     LossModule,
     example_losses,
@@ -106,6 +107,34 @@ def test_the_module_averages_positions_and_reads_every_map():
     assert not torch.allclose(module([images, units * 2]), scores)
     with pytest.raises(ValueError, match="at least one feature map"):
         LossModule([])
+
+
+def test_the_convolutional_module_sees_what_is_beside_what_at_every_scale():
+    torch.manual_seed(0)
+    module = ConvLossModule([4, 6], width=8)
+    fine, coarse = torch.randn(5, 4, 8, 8), torch.randn(5, 6, 4, 4)
+    scores = module([fine, coarse])
+    assert scores.shape == (5,)
+    shuffled = coarse.flatten(2)[:, :, torch.randperm(16)].reshape(coarse.shape)
+    for maps in ([fine * 2, coarse], [fine, coarse * 2], [fine, shuffled]):
+        assert not torch.allclose(module(maps), scores)
+    other_order = ConvLossModule([6, 4], width=8)
+    other_order.load_state_dict(module.state_dict() | swapped(module))
+    torch.testing.assert_close(other_order([coarse, fine]), scores)
+    torch.testing.assert_close(module([fine, coarse])[:2], module([fine[:2], coarse[:2]]))
+    with pytest.raises(ValueError, match=r"\(B, F, H, W\), got \(5, 6\)"):
+        module([fine, coarse[:, :, 0, 0]])
+    with pytest.raises(ValueError, match="at least one feature map"):
+        ConvLossModule([])
+
+
+def swapped(module):
+    """The parameters of a module of two maps, for the maps in the other order."""
+    state = module.state_dict()
+    branches = {
+        f"branches.{1 - i}.{name}": state[f"branches.{i}.{name}"] for i in (0, 1) for name in ("weight", "bias")
+    }
+    return {**branches, "combine.weight": state["combine.weight"].roll(8, dims=1)}
 
 
 def test_a_tap_keeps_the_outputs_of_layers_in_order_and_lets_go():

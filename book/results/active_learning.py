@@ -1,0 +1,73 @@
+"""Active learning on drawn figures and on California Housing: python book/results/active_learning.py [--jobs 2]
+
+What each strategy's labels are worth, over seeds: the mean squared error after every round of labelling; on figures
+also the joints that are missed and the share of acrobats among the labelled ones; on California Housing the mean
+absolute error, and the share of the squared error that comes from the one worst district. California Housing is read
+from the data folder (``ADALFL_DATA``). Writes active_learning.parquet beside this file.
+"""
+
+import argparse
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import torch
+
+from adalfl_lite.active_learning import STRATEGIES, active_learning
+from adalfl_lite.data import load_dataset
+from adalfl_lite.experiments import provenance
+from adalfl_lite.files import atomic_path
+from adalfl_lite.keypoints import HeatmapNet, draw_figures, figures_dataset, missed_joints
+from adalfl_lite.loss_prediction import ConvLossModule
+
+POOL, VALID, TEST = 1000, 1, 500
+SEEDS = {"figures": 6, "california": 10}
+FIGURES = {"rounds": 3, "first": 50, "added": 75, "steps": 400, "batch_size": 16, "learning_rate": 5e-3, "members": 3}
+CALIFORNIA = {"rounds": 5, "first": 100, "added": 100, "steps": 300, "learning_rate": 3e-3, "members": 3}
+
+
+def on_figures(strategy: str, seed: int) -> pd.DataFrame:
+    """Label 50 of 1,000 figures, and 75 more twice; Learning Loss has its own module, the pooling one."""
+    torch.set_num_threads(1)
+    data = figures_dataset(POOL, VALID, TEST, seed=seed)
+    acrobat = draw_figures(POOL + VALID + TEST, seed=seed).acrobat
+    images, heatmaps = data.test[:]
+    hard = acrobat[POOL + VALID :]
+
+    def record(model: torch.nn.Module, labelled: torch.Tensor) -> dict[str, float]:
+        with torch.no_grad():
+            prediction = model.eval()(images)
+        groups = {"missed": hard | ~hard, "missed_acrobats": hard, "missed_standing": ~hard}
+        missed = {name: missed_joints(prediction[rows], heatmaps[rows]).item() for name, rows in groups.items()}
+        return {**missed, "acrobats": acrobat[labelled].float().mean().item()}
+
+    options = FIGURES if strategy == "learning-loss" else {**FIGURES, "module": ConvLossModule}
+    return active_learning(data, strategy, model=HeatmapNet, record=record, seed=seed, **options).assign(task="figures")
+
+
+def on_california(strategy: str, seed: int) -> pd.DataFrame:
+    """Label 100 of 12,384 districts, and 100 more four times."""
+    torch.set_num_threads(1)
+    data = load_dataset("california", seed=seed)
+    inputs, targets = data.test[:]
+
+    def record(model: torch.nn.Module, labelled: torch.Tensor) -> dict[str, float]:
+        with torch.no_grad():
+            error = (model.eval()(inputs) - targets).abs()
+        return {"absolute_error": error.mean().item(), "worst": (error.max() ** 2 / error.square().sum()).item()}
+
+    return active_learning(data, strategy, record=record, seed=seed, **CALIFORNIA).assign(task="california")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    tasks = {"figures": on_figures, "california": on_california}
+    grid = [(tasks[name], s, seed) for name, seeds in SEEDS.items() for seed in range(seeds) for s in STRATEGIES]
+    found = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(on)(strategy, seed) for on, strategy, seed in grid)
+    table = pd.concat(found, ignore_index=True).assign(**provenance())
+    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
+        table.to_parquet(temporary, index=False)
+    measures = ["test_error", "missed", "absolute_error"]
+    print(table.groupby(["task", "strategy", "labelled"], sort=False)[measures].mean())
