@@ -29,7 +29,7 @@ from adalfl_lite.baselines import (
 )
 from adalfl_lite.baselines.evomal import LOCAL_STEPS
 from adalfl_lite.baselines.fixed import summary
-from adalfl_lite.data import Dataset, Split, dataset_kind
+from adalfl_lite.data import Dataset, Split
 from adalfl_lite.initialisation import MakeModel, Validate, initialise, meta_learn, rehearsal
 from adalfl_lite.learning_rate import LearningRate, implied_multiplier, initialise_learning_rate, replay
 from adalfl_lite.losses import KINDS, Loss, LossNetwork, task_loss
@@ -123,9 +123,9 @@ def get_method(name: str) -> Method:
 
 def check_applies(method: str, task: Task) -> None:
     """Raise ``ValueError`` unless ``method`` is known and made for the kind of ``task``."""
-    kinds, kind = get_method(method).kinds, dataset_kind(task.dataset)
-    if kind not in kinds:
-        raise ValueError(f"method {method!r} is for {' and '.join(kinds)}, task {task.name!r} is {kind}")
+    kinds = get_method(method).kinds
+    if task.kind not in kinds:
+        raise ValueError(f"method {method!r} is for {' and '.join(kinds)}, task {task.name!r} is {task.kind}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from adalfl_lite.augmentation import crop_and_flip
 from adalfl_lite.corruption import with_imbalance, with_label_noise
-from adalfl_lite.data import Dataset, load_dataset
+from adalfl_lite.data import Dataset, Kind, dataset_kind, load_dataset
 from adalfl_lite.models import build_model
 
 
@@ -47,6 +47,11 @@ class Task:
     augment: bool = False
     label_noise: float = 0.0
     imbalance: float = 1.0
+
+    @property
+    def kind(self) -> Kind:
+        """What is learned; known before the data are loaded. A subclass with data of its own says so itself."""
+        return dataset_kind(self.dataset)
 
     def load(self, *, root: str | None = None, download: bool = False, seed: int = 0) -> Dataset:
         """The data set, split (and corrupted) with ``seed``; see :func:`adalfl_lite.data.load_dataset`."""

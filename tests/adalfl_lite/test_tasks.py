@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from adalfl_lite.data import BUNDLED, dataset_names
+from adalfl_lite.data import BUNDLED, dataset_names, load_dataset
+from adalfl_lite.experiments import compare
 from adalfl_lite.models import build_model, model_names
-from adalfl_lite.tasks import TASKS, get_task
+from adalfl_lite.tasks import TASKS, Task, get_task
 
 SHAPES = {  # input shape, outputs; of the data sets that are read from files
     "california": ((8,), 1),
@@ -125,3 +126,17 @@ def test_the_papers_pairs_are_there():
         *(("cifar10", model) for model in ("allcnn_c", "vgg16", "resnet18", "squeezenet")),
         *(("cifar100", "wrn28_10"), ("svhn", "wrn16_8")),
     }
+
+
+def test_a_task_with_data_of_its_own_can_be_compared():
+    class Own(Task):
+        kind = "classification"
+
+        def load(self, *, root=None, download=False, seed=0):
+            return load_dataset("iris", seed=seed)
+
+    own = Own("mine", "a file of mine", "mlp64", steps=2, batch_size=10)
+    found = compare([own], ["handcrafted"], [0], progress=False)
+    assert set(found.task) == {"mine"} and found.step.max() == 2
+    with pytest.raises(ValueError, match="a file of mine"):
+        compare([Task("mine", "a file of mine", "mlp64", steps=2)], ["handcrafted"], [0])
