@@ -11,7 +11,7 @@ Read the modules in this order, which is also the direction of every import:
     online          Algorithm 2: the drop-in step
     initialisation  Algorithm 1
     learning_rate   Algorithms 3 and 4: the control that learns a learning rate
-    data, models    what is trained, on what
+    sources         where data comes from; data: as tensors, split; models: what is trained on it
     training        fit: history, evaluation, checkpoints
     stacking        several models, or loss networks, as one function
     ensemble        initialisation and fit for several seeds at once

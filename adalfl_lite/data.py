@@ -8,9 +8,7 @@ For example::
 
 Three promises hold for every data set: the three splits share no row and together use every row once; whatever is
 estimated (means, standard deviations) is estimated on the train split alone; and a file is read only if it is there
-and, where a checksum is known, intact. Nothing is downloaded unless asked for. Two sources are pickles, which could run
-code: CIFAR's, whose checksums are compared before they are read, and California Housing's, which scikit-learn writes
-itself in a form of its own version; use no copy of that one but yours.
+and, where a checksum is known, intact. Nothing is downloaded unless asked for (:mod:`adalfl_lite.sources`).
 
 =============  ==============  ==================================  ================================
 name           kind            source                              read from, below ``root``
@@ -33,26 +31,18 @@ from __future__ import annotations
 
 import operator
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torchvision.datasets as vision
-from sklearn import datasets as sklearn_datasets
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import calculate_md5, download_url
 
 from adalfl_lite.checks import check_inputs, check_rows, check_targets
 from adalfl_lite.losses import check_kind
-
-Kind = Literal["classification", "regression"]
+from adalfl_lite.sources import IMAGES, TABLES, Kind
 
 
 @dataclass(frozen=True)
@@ -165,14 +155,14 @@ BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 
 def dataset_names() -> list[str]:
     """Return the names that :func:`load_dataset` knows."""
-    return [*_TABLES, *_IMAGES]
+    return [*TABLES, *IMAGES]
 
 
 def dataset_kind(name: str) -> Kind:
     """Return "classification" or "regression" without reading any file; ``ValueError`` for an unknown name."""
     if name not in dataset_names():
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
-    return _TABLES[name].kind if name in _TABLES else "classification"
+    return TABLES[name].kind if name in TABLES else "classification"
 
 
 def load_dataset(
@@ -210,9 +200,9 @@ def load_dataset(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
     folder = Path(root or os.environ.get("ADALFL_DATA") or Path.home() / ".cache" / "adalfl").expanduser()
-    if name in _IMAGES:
+    if name in IMAGES:
         return _load_images(name, folder, download, seed, 10_000 if valid_size is None else valid_size)
-    if name not in _TABLES:
+    if name not in TABLES:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
     if valid_size is not None:
         raise ValueError(f"valid_size={valid_size} is for image sets; {name!r} is a table, which is split 60/20/20")
@@ -281,90 +271,6 @@ class BatchSampler(Iterator[Tensor]):
 # Files: there, intact, or a clear refusal --------------------------------------------------------------------------
 
 
-def _require(name: str, files: dict[Path, str | None], fetch: Callable[[], object], download: bool) -> None:
-    """Check that all files exist and have their md5 (None: not known), after fetching missing ones if allowed."""
-    if download and not all(path.is_file() for path in files):
-        fetch()
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{name}: {', '.join(missing)} not found. Call load_dataset({name!r}, download=True) to fetch the data, or"
-            " point root= or the environment variable ADALFL_DATA to the folder that holds it."
-        )
-    for path, md5 in files.items():
-        if md5 is not None and (found := calculate_md5(path)) != md5:
-            raise RuntimeError(
-                f"{name}: {path} is damaged or not the official file (md5 {found}, expected {md5})."
-                f" Delete it and call load_dataset({name!r}, download=True)."
-            )
-
-
-# Tables ------------------------------------------------------------------------------------------------------------
-
-
-def _read_digits(root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    inputs, targets = sklearn_datasets.load_digits(return_X_y=True)
-    return inputs / 16, targets
-
-
-def _read_california(root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    path = root / "cal_housing_py3.pkz"  # scikit-learn writes this file itself, so its checksum is not fixed
-    fetch = partial(sklearn_datasets.fetch_california_housing, data_home=root, return_X_y=True)
-    _require("california", {path: None}, fetch, download)
-    try:
-        return fetch(download_if_missing=False)
-    except Exception as error:
-        raise RuntimeError(f"california: {path} cannot be read. Delete it and load with download=True.") from error
-
-
-_COMMUNITIES_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/communities/communities.data"
-_COMMUNITIES_MD5 = "4b2433c94afe43119fae78309a22778e"
-
-
-def _read_communities(root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (1994, 100) features with one NaN, and the (1994,) target ViolentCrimesPerPop.
-
-    Of the 127 columns before the target, the first five (state, county, community, communityname, fold) are not
-    predictive by the data set's own description. Of the other 122, the 22 from the LEMAS police survey that have no
-    value for 1675 of the 1994 communities are dropped. One missing value remains, one community's OtherPerCap;
-    standardisation sets it to the mean of the train split.
-    """
-    path = root / "communities" / "communities.data"
-
-    def fetch() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            download_url(_COMMUNITIES_URL, temporary, path.name, md5=_COMMUNITIES_MD5)
-            os.replace(Path(temporary) / path.name, path)
-
-    _require("communities", {path: _COMMUNITIES_MD5}, fetch, download)
-    table = np.genfromtxt(path, delimiter=",", missing_values="?", usecols=range(5, 128))
-    inputs, targets = table[:, :-1], table[:, -1]
-    return inputs[:, np.isnan(inputs).mean(axis=0) < 0.5], targets
-
-
-@dataclass(frozen=True)
-class _Table:
-    kind: Kind
-    read: Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]
-    standardise: bool = True
-
-
-def _bundled(load: Callable[..., Any], **options: Any) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
-    return lambda root, download: load(return_X_y=True, **options)
-
-
-_TABLES = {
-    "digits": _Table("classification", _read_digits, standardise=False),
-    "iris": _Table("classification", _bundled(sklearn_datasets.load_iris)),
-    "wine": _Table("classification", _bundled(sklearn_datasets.load_wine)),
-    "breast_cancer": _Table("classification", _bundled(sklearn_datasets.load_breast_cancer)),
-    "diabetes": _Table("regression", _bundled(sklearn_datasets.load_diabetes, scaled=False)),
-    "california": _Table("regression", _read_california),
-    "communities": _Table("regression", _read_communities),
-}
-
-
 def _standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Fill NaN with the mean, scale to mean 0 and std 1, all by the ``train`` rows; constant columns become 0."""
     values = np.where(np.isnan(values), np.nanmean(values[train], axis=0), values)
@@ -374,7 +280,9 @@ def _standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 
 def _load_table(name: str, root: Path, download: bool, seed: int) -> Dataset:
-    table = _TABLES[name]
+    from sklearn.model_selection import train_test_split  # takes seconds
+
+    table = TABLES[name]
     inputs, targets = table.read(root, download)
     n = len(inputs)
     fifth = round(n / 5)
@@ -400,64 +308,6 @@ def _load_table(name: str, root: Path, download: bool, seed: int) -> Dataset:
     return Dataset(name, table.kind, split(train), split(valid), split(test), outputs, tuple(x.shape[1:]))
 
 
-# Images ------------------------------------------------------------------------------------------------------------
-
-Images = tuple[Tensor, Tensor]  # uint8 (N, C, H, W) and int64 (N,)
-
-# The unpacked files; torchvision records the md5 of the archives they come in, and does not check them once unpacked.
-_MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-
-
-def _read_mnist(name: str, root: Path, download: bool) -> tuple[Images, Images]:
-    raw = root / "MNIST" / "raw"
-    files: dict[Path, str | None] = {raw / file: md5 for file, md5 in _MNIST_MD5.items()}
-    _require(name, files, lambda: vision.MNIST(root, download=True), download)
-
-    def read(part: str) -> Images:
-        images = read_image_file(str(raw / f"{part}-images-idx3-ubyte"))
-        return images.unsqueeze(1), read_label_file(str(raw / f"{part}-labels-idx1-ubyte"))
-
-    return read("train"), read("t10k")
-
-
-def _read_cifar(name: str, root: Path, download: bool) -> tuple[Images, Images]:
-    source = {"cifar10": vision.CIFAR10, "cifar100": vision.CIFAR100}[name]
-    checksums = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
-    files: dict[Path, str | None] = {root / source.base_folder / file: md5 for file, md5 in checksums}
-    _require(name, files, lambda: source(root, download=True), download)
-
-    def read(train: bool) -> Images:
-        part = source(root, train=train)
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-
-    return read(True), read(False)
-
-
-def _read_svhn(name: str, root: Path, download: bool) -> tuple[Images, Images]:
-    parts = ("train", "test")
-    files: dict[Path, str | None] = {root / vision.SVHN.split_list[p][1]: vision.SVHN.split_list[p][2] for p in parts}
-    _require(name, files, lambda: [vision.SVHN(root, split=part, download=True) for part in parts], download)
-
-    def read(part: str) -> Images:
-        data = vision.SVHN(root, split=part)
-        return torch.from_numpy(data.data).contiguous(), torch.from_numpy(data.labels)
-
-    return read("train"), read("test")
-
-
-_IMAGES: dict[str, tuple[int, Callable[[str, Path, bool], tuple[Images, Images]]]] = {
-    "mnist": (10, _read_mnist),
-    "cifar10": (10, _read_cifar),
-    "cifar100": (100, _read_cifar),
-    "svhn": (10, _read_svhn),
-}
-
-
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (C, 1, 1) mean and std of pixels in [0, 1], one channel at a time to keep memory small."""
     statistics = [torch.std_mean(images[:, c].float() / 255, correction=0) for c in range(images.shape[1])]
@@ -466,8 +316,10 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _load_images(name: str, root: Path, download: bool, seed: int, valid_size: int) -> Dataset:
-    classes, read = _IMAGES[name]
-    (images, labels), (test_images, test_labels) = read(name, root, download)
+    from sklearn.model_selection import train_test_split  # takes seconds
+
+    source = IMAGES[name]
+    (images, labels), (test_images, test_labels) = source.read(name, root, download)
     n = len(images)
     if not 1 <= valid_size < n:
         raise ValueError(f"valid_size={valid_size} must be between 1 and {n - 1}: {name} has {n} training images")
@@ -482,6 +334,6 @@ def _load_images(name: str, root: Path, download: bool, seed: int, valid_size: i
         Split(train_images, labels[train], train, mean, std),
         Split(images[valid], labels[valid], valid, mean, std),
         Split(test_images, test_labels, test_indices, mean, std),
-        classes,
+        source.classes,
         tuple(images.shape[1:]),
     )

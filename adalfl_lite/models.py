@@ -30,7 +30,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
-import torchvision.models as vision
 from torch import Tensor, nn
 
 
@@ -122,7 +121,9 @@ def _vgg16(shape: tuple[int, ...], outputs: int) -> nn.Module:
 
 def _resnet18(shape: tuple[int, ...], outputs: int) -> nn.Module:
     """ResNet-18 (He et al. 2016) for small images: a 3 x 3 stem of stride 1, and no max pooling after it."""
-    model = vision.resnet18(num_classes=outputs)
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=outputs)
     model.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False).apply(_he_initialise)
     model.maxpool = nn.Identity()
     return _without_inplace(model)
@@ -135,7 +136,9 @@ def _squeezenet(shape: tuple[int, ...], outputs: int) -> nn.Module:
     BatchNorm after every convolution but the one that makes the class scores (5,952 more). With that the original's
     dropout, and the ReLU that keeps its class scores from being negative, are left out.
     """
-    model = vision.squeezenet1_0(num_classes=outputs)
+    from torchvision.models import squeezenet1_0
+
+    model = squeezenet1_0(num_classes=outputs)
     stem = nn.Conv2d(shape[0], 96, 3, padding=1).apply(_he_initialise)
     model.features[0] = nn.Sequential(stem, nn.BatchNorm2d(96))
     for fire in model.features[3:]:

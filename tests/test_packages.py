@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,9 @@ def test_the_method_imports_no_plotting_and_no_command_line():
     for name in METHOD:
         names = {re.split(r"\.", found)[0] for found in imports_of(ROOT / "adalfl_lite" / f"{name}.py")}
         assert not names & {"matplotlib", "seaborn", "typer", "rich"}, name
+
+
+def test_importing_the_method_does_not_wait_for_libraries_it_may_not_need():
+    code = "import sys, adalfl_lite; print(*{'sklearn', 'torchvision', 'torch._dynamo', 'matplotlib'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not found.stdout.split()

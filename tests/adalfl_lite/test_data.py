@@ -19,7 +19,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalfl_lite import data
+from adalfl_lite import data, sources
 from adalfl_lite.data import BatchSampler, Dataset, Split, dataset_names, load_dataset
 
 BUNDLED = {  # rows, features, outputs
@@ -201,7 +201,7 @@ def communities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "communities" / "communities.data"
     path.parent.mkdir()
     path.write_text(communities_text())
-    monkeypatch.setattr(data, "_COMMUNITIES_MD5", md5(path))
+    monkeypatch.setattr(sources, "_COMMUNITIES_MD5", md5(path))
     return path
 
 
@@ -246,8 +246,8 @@ def test_communities_download_on_request_and_offline_afterwards(server, tmp_path
     folder, address = server
     served = folder / "communities.data"
     served.write_text(communities_text())
-    monkeypatch.setattr(data, "_COMMUNITIES_URL", f"{address}/communities.data")
-    monkeypatch.setattr(data, "_COMMUNITIES_MD5", md5(served))
+    monkeypatch.setattr(sources, "_COMMUNITIES_URL", f"{address}/communities.data")
+    monkeypatch.setattr(sources, "_COMMUNITIES_MD5", md5(served))
     downloaded = load_dataset("communities", root=tmp_path / "root", download=True)
     served.unlink()
     again = load_dataset("communities", root=tmp_path / "root")
@@ -258,7 +258,7 @@ def test_communities_download_on_request_and_offline_afterwards(server, tmp_path
 def test_communities_wrong_download_leaves_nothing_behind(server, tmp_path, monkeypatch) -> None:
     folder, address = server
     (folder / "communities.data").write_text("<html>moved</html>")
-    monkeypatch.setattr(data, "_COMMUNITIES_URL", f"{address}/communities.data")
+    monkeypatch.setattr(sources, "_COMMUNITIES_URL", f"{address}/communities.data")
     with pytest.raises(RuntimeError, match="corrupted"):
         load_dataset("communities", root=tmp_path / "root", download=True)
     assert list((tmp_path / "root" / "communities").iterdir()) == []
@@ -286,7 +286,7 @@ def write_mnist(root: Path, monkeypatch: pytest.MonkeyPatch, train: np.ndarray, 
         header = struct.pack(">IIII", 0x00000803, len(images), 28, 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x00000801, len(labels)) + labels.tobytes())
-    monkeypatch.setattr(data, "_MNIST_MD5", {path.name: md5(path) for path in raw.iterdir()})
+    monkeypatch.setattr(sources, "_MNIST_MD5", {path.name: md5(path) for path in raw.iterdir()})
     return raw
 
 

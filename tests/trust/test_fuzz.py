@@ -1,5 +1,7 @@
 """Every file that is read, damaged at random: a clear refusal or the right content, never anything else."""
 
+import hashlib
+
 import pandas as pd
 import pytest
 import torch
@@ -8,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adalfl_lite import LossNetwork, fit, load_dataset
-from adalfl_lite import data as data_module
+from adalfl_lite import LossNetwork, fit, load_dataset, sources
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.experiments import read_results, write_results
 
@@ -151,7 +152,7 @@ def communities(tmp_path_factory):
     rows = torch.rand(40, 128, generator=torch.Generator().manual_seed(0)).tolist()
     path.write_text("\n".join(",".join(f"{value:.2f}" for value in row) for row in rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_module, "_COMMUNITIES_MD5", data_module.calculate_md5(path))
+        patch.setattr(sources, "_COMMUNITIES_MD5", hashlib.md5(path.read_bytes()).hexdigest())
         yield path, path.read_bytes(), load_dataset("communities", root=root), root
 
 
