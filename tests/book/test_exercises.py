@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.special import lambertw, log_softmax, softmax
 
 BOOK = Path(__file__).parents[2] / "book"
@@ -280,3 +280,26 @@ def test_cost():
     found = {"plain": 3 * 8 - 1, "double": 8 * 8 - 3, "measured": measured}
     found |= {"fixed": 1000 * fixed, "each": 1000 * each, "half": fixed / each, "alone": 1000 * alone}
     check("cost", {**found, "initialisation": 7500 + 2700, "runs": (7500 + 2700 + 9000) / 3000})
+
+
+def test_learned_losses():
+    # 1: where the slope, by differences, has fallen to a half and to a hundredth
+    def softplus(z):
+        return np.logaddexp(0, z)
+
+    def loss_at(slope, h=1e-5):
+        z = brentq(lambda z: (softplus(z + h) - softplus(z - h)) / (2 * h) - slope, -20, 20)
+        return softplus(z)
+
+    # 2: the mean probability does not depend on the logits; the mean prediction does
+    rng = np.random.default_rng(0)
+    logits, moved = rng.normal(size=(2, 7, 10))
+    assert softmax(logits, 1).mean(1) == pytest.approx(softmax(moved, 1).mean(1))
+    assert logits.mean(1) != pytest.approx(moved.mean(1))
+
+    # 3: ℓ(1, p) = -C log p and ℓ(0, p) = 0 is cross-entropy, so its slope is what it takes
+    def steepness(p, h=1e-6):
+        return 10 * (np.log(p + h) - np.log(p - h)) / (2 * h)
+
+    found = {"half": loss_at(0.5), "hundredth": loss_at(0.01), "middle": steepness(0.5), "mistake": steepness(0.01)}
+    check("learned_losses", found)
