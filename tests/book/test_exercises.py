@@ -303,3 +303,24 @@ def test_learned_losses():
 
     found = {"half": loss_at(0.5), "hundredth": loss_at(0.01), "middle": steepness(0.5), "mistake": steepness(0.01)}
     check("learned_losses", found)
+
+
+def test_gradients():
+    # 1: the influence by the chain rule of a linear model, against differences in the scale of the loss
+    rng = np.random.default_rng(0)
+    x, y, x_meta, y_meta = rng.normal(size=(4, 6))
+    theta, rate, phi = 0.3, 0.1, 3.0
+    v = np.mean(2 * (theta * x_meta - y_meta) * x_meta)
+    influences = phi * 2 * (theta * x - y) / len(x) * (-rate * x * v)
+
+    def to_first_order(scale):
+        return -rate * scale * np.mean(2 * (theta * x - y) * x) * v
+
+    assert (to_first_order(phi + 1) - to_first_order(phi)) == pytest.approx(np.sum(influences) / phi)
+
+    # 2: many labels drawn, and the smoothing that gives their frequencies
+    labels = rng.integers(0, 9, size=400_000) + 1
+    drawn = np.where(rng.random(len(labels)) < 0.2, labels, 0)
+    frequency = np.bincount(drawn, minlength=10) / len(drawn)
+    assert 10 * frequency[1:].mean() == pytest.approx(0.222, abs=0.002)
+    check("gradients", {"epsilon": 10 * 0.2 / 9})
