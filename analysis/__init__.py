@@ -11,7 +11,6 @@
     attribution      what a prediction rests on, and how far two models agree about it
     statistics       intervals, tests and effect sizes over seeds
     tables           a comparison in Markdown, LaTeX or HTML
-    tables           a comparison of methods as Markdown, LaTeX or HTML
     plotting         one look for every figure
     recorder         any of these while training, or from checkpoints
 
@@ -141,7 +140,6 @@ __all__ = [
     "compare_attributions",
     "compare_methods",
     "comparison_table",
-    "comparison_table",
     "decompose",
     "effective_learning_rate",
     "effective_learning_rate_by_layer",
@@ -191,7 +189,6 @@ __all__ = [
     "push_and_gap",
     "random_directions",
     "relative_push",
-    "render",
     "reliability_table",
     "render",
     "resting_point",

@@ -136,14 +136,14 @@ def grad_cam(
 
     Args:
         model: see :func:`integrated_gradients`.
-        layer: name of a convolution, as a rule the last one, or of another module whose output is (N, K, *space).
-        inputs: (N, C, *space), floating, such as images (N, C, H, W).
+        layer: name of a convolution, as a rule the last one, or of another module whose output is ``(N, K, *space)``.
+        inputs: ``(N, C, *space)``, floating, such as images (N, C, H, W).
         target: see :func:`integrated_gradients`.
         relu: cut negative values off, as published.
         chunk_size: examples explained at once.
 
     Returns:
-        Attribution with values (N, 1, *space), upsampled to the inputs' size linearly; there is no ``delta``.
+        Attribution with values ``(N, 1, *space)``, upsampled to the inputs' size linearly; there is no ``delta``.
 
     Raises:
         ValueError: see :func:`layer_integrated_gradients`; or a layer whose output has no spatial dimensions.
@@ -179,7 +179,7 @@ def occlusion(
 
     Args:
         model: see :func:`integrated_gradients`.
-        inputs: (N, D) tabular, or (N, C, *space) such as images (N, C, H, W), floating.
+        inputs: (N, D) tabular, or ``(N, C, *space)`` such as images (N, C, H, W), floating.
         window: its length along every dimension but the channels, all of which it covers.
         stride: how far it moves each time; 1 to ``window``. The last windows may reach beyond the edge.
         target: see :func:`integrated_gradients`.
