@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test trust lint clean constraints
+.PHONY: help setup book chapter test trust lint clean constraints
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,10 @@ book: $(READY)  ## build the book from nothing, running every chapter
 	rm -rf book/_build
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter-book build book -W --keep-going
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
+
+chapter: $(READY)  ## run one chapter alone, into a notebook beside it: make chapter NAME=ml3
+	$(BIN)/jupytext --quiet --to notebook book/$(NAME).md
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter-execute --inplace book/$(NAME).ipynb
 
 test: $(READY)  ## run all tests, the slow ones last
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
