@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import lambertw, log_softmax, softmax
+from scipy.optimize import brentq, linprog, minimize_scalar
+from scipy.special import expit, lambertw, log_softmax, softmax
 
 BOOK = Path(__file__).parents[2] / "book"
 
@@ -324,3 +324,87 @@ def test_gradients():
     frequency = np.bincount(drawn, minlength=10) / len(drawn)
     assert 10 * frequency[1:].mean() == pytest.approx(0.222, abs=0.002)
     check("gradients", {"epsilon": 10 * 0.2 / 9})
+
+
+def test_loss_prediction():
+    # 1: scores a margin apart for each of 99 neighbours, by linear programming; or logarithms
+    neighbours = np.eye(99, 100, k=1) - np.eye(99, 100)
+    objective = np.eye(100)[99] - np.eye(100)[0]
+    ladder = linprog(objective, A_ub=-neighbours, b_ub=-np.ones(99), bounds=(None, None))
+    losses = np.arange(1.0, 101.0)
+    p = losses / (losses + losses[:, None])
+    assert expit(np.log(losses) - np.log(losses)[:, None]) == pytest.approx(p)
+
+    # 2: both expectations, minimised over the difference of the scores
+    chances, first = np.array([0.6, 0.4]), np.array([1.0, 9.0])
+    share = first / (first + 2)
+
+    def divergence(gap):
+        q = expit(gap)
+        return chances @ (share * np.log(share / q) + (1 - share) * np.log((1 - share) / (1 - q)))
+
+    gap = minimize_scalar(divergence, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x
+    gaps = np.linspace(-3, 3, 601)
+    margin = [chances @ np.maximum(0, 1 - np.sign(first - 2) * each) for each in gaps]
+    assert gaps[np.argmin(margin)] == pytest.approx(-1) and gap > 0
+    assert chances @ first > 2 * 2
+
+    # 3: the score difference at which q is p
+    def best(a, b):
+        return minimize_scalar(lambda d: -(a * np.log(expit(d)) + b * np.log(expit(-d))), bracket=(-5, 5)).x
+
+    assert best(3000, 1000) == pytest.approx(best(3, 1), abs=1e-5)
+    check(
+        "loss_prediction",
+        {
+            "range_margin": ladder.fun,
+            "range_divergence": np.ptp(np.log(losses)),
+            "noisy_gap": gap,
+            "mean_loss": chances @ first,
+            "gap": best(3, 1),
+            "gap_floor": best(13, 11),
+        },
+    )
+
+
+def test_other_losses():
+    # 1: in p alone, up to a factor
+    p = np.linspace(0.01, 0.99, 50)
+    symmetric = -0.1 * np.log(p) + 4 * (1 - p)
+    epsilon = np.linalg.lstsq(np.stack([-np.log(p), 1 - p], 1), symmetric, rcond=None)[0]
+
+    # 2: the sum over labels, at the ends and between
+    def summed(p, q=0.7):
+        return np.sum((1 - p**q) / q)
+
+    low, high = summed(np.full(10, 0.1)), summed(np.eye(10)[0])
+    between = [summed(p) for p in np.random.default_rng(0).dirichlet(np.ones(10), 500)]
+    assert low < min(between) and max(between) < high
+
+    # 3: a Newton step by hand
+    check(
+        "other_losses",
+        {"poly_epsilon": epsilon[1] / epsilon[0], "sum_low": low, "sum_high": high, "newton_factor": 1 / 2.1},
+    )
+
+
+def test_landscapes():
+    # 1: the Hessian by differences, at both minima
+    def loss(w):
+        return 0.5 * (w[1] * max(w[0], 0) - 1) ** 2
+
+    def largest_eigenvalue(w, h=1e-4):
+        unit = h * np.eye(2)
+
+        def second(a, b):
+            return (loss(w + a + b) - loss(w + a - b) - loss(w - a + b) + loss(w - a - b)) / (4 * h**2)
+
+        return np.linalg.eigvalsh([[second(a, b) for b in unit] for a in unit])[-1]
+
+    factor = largest_eigenvalue(np.array([10.0, 0.1])) / largest_eigenvalue(np.array([1.0, 1.0]))
+
+    # 2: where a root of the recurrence's polynomial leaves the unit circle
+    def outside(curvature):
+        return np.abs(np.roots([1, -(1 + 0.9 - 0.01 * curvature), 0.9])).max() - 1
+
+    check("landscapes", {"factor": factor, "limit": brentq(outside, 300, 500)})
