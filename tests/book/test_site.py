@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +12,11 @@ from threading import Thread
 from urllib.parse import unquote, urldefrag
 
 import pytest
+import yaml
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-HTML = Path(__file__).parents[2] / "book" / "_build" / "html"
+BOOK = Path(__file__).parents[2] / "book"
+HTML = BOOK / "_build" / "html"
 WIDTHS = (1280, 390)
 CI = bool(os.environ.get("CI"))
 
@@ -34,6 +37,34 @@ EXAMINE = """async () => {
     overflow: document.scrollingElement.scrollWidth - window.innerWidth,
     stderr: all(".output.stderr").map(e => e.textContent.slice(0, 200)),
     search_fields: all("input[type=search]").filter(e => e.checkVisibility()).length,
+    neighbours: ["a.left-prev", "a.right-next"].map(selector => document.querySelector(selector)?.pathname.slice(1)),
+  };
+}"""
+
+# What a dark page shows: text too close in luminance to its ground (WCAG's contrast), figures on a dark ground.
+EXAMINE_DARK = """() => {
+  const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = colour => channels(colour).slice(0, 3).reduce((sum, c, i) => {
+    c /= 255;
+    return sum + [0.2126, 0.7152, 0.0722][i] * (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  const opaque = e => (channels(getComputedStyle(e).backgroundColor)[3] ?? 1) > 0.5;
+  const ground = e => {
+    while (e && !opaque(e)) e = e.parentElement;
+    return e ? luminance(getComputedStyle(e).backgroundColor) : 1;
+  };
+  const contrast = e => {
+    const [low, high] = [luminance(getComputedStyle(e).color), ground(e)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const article = [...document.querySelectorAll("article *")];
+  const text = article.filter(e => e.checkVisibility() && !e.closest("mjx-container, svg, script, style")
+    && [...e.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim()));
+  return {
+    theme: document.documentElement.dataset.theme,
+    ground: ground(document.body),
+    unreadable: text.filter(e => contrast(e) < 3).map(e => `${e.tagName}.${e.className} ${e.textContent.slice(0, 40)}`),
+    dark_figures: article.filter(e => e.tagName === "IMG" && ground(e) < 0.5).map(e => e.alt),
   };
 }"""
 
@@ -83,19 +114,32 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def visit_all(browser: Browser, folder: Path) -> list[Visit]:
-    """Serve a folder on this machine only, and open each of its pages at each width."""
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on this machine only; yields its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder))
     Thread(target=server.serve_forever, daemon=True).start()
-    base = f"http://127.0.0.1:{server.server_port}/"
-    visits = []
     try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def pages(folder: Path) -> list[str]:
+    """The names of a site's pages."""
+    files = sorted(folder.rglob("*.html"))
+    names = [file.relative_to(folder).as_posix() for file in files if not is_redirect(file)]
+    return [name for name in names if not name.startswith("_static/")]
+
+
+def visit_all(browser: Browser, folder: Path) -> list[Visit]:
+    """Open each page of a site at each width."""
+    visits = []
+    with served(folder) as base:
         for width in WIDTHS:
             context = browser.new_context(viewport={"width": width, "height": 900})
-            for file in sorted(folder.rglob("*.html")):
-                page_name = file.relative_to(folder).as_posix()
-                if page_name.startswith("_static/") or is_redirect(file):
-                    continue
+            for page_name in pages(folder):
                 visit = Visit(page_name, width)
                 page = context.new_page()
                 visit.watch(page, base)
@@ -105,10 +149,20 @@ def visit_all(browser: Browser, folder: Path) -> list[Visit]:
                 page.close()
                 visits.append(visit)
             context.close()
-    finally:
-        server.shutdown()
-        server.server_close()
     return visits
+
+
+def visit_all_in_the_dark(browser: Browser, folder: Path) -> dict[str, dict]:
+    """What each page of a site says about its colours to a reader whose system is dark."""
+    context = browser.new_context(color_scheme="dark")
+    page = context.new_page()
+    facts = {}
+    with served(folder) as base:
+        for name in pages(folder):
+            page.goto(base + name, wait_until="load")
+            facts[name] = page.evaluate(EXAMINE_DARK)
+    context.close()
+    return facts
 
 
 def is_redirect(file: Path) -> bool:
@@ -194,6 +248,57 @@ def test_one_search_field_at_most(book):
 
 def test_links_lead_somewhere(book):
     assert not dead_links(book, HTML)
+
+
+def test_readers_are_led_through_the_book_in_order(book):
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    order = [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    order = [f"{name}.html" for name in order]
+    neighbours = {visit.page: visit.facts["neighbours"] for visit in book}
+    for page, before, after in zip(order, [None, *order], [*order[1:], None], strict=False):
+        assert neighbours[page] == [before, after], page
+
+
+@pytest.mark.usefixtures("book")
+def test_the_search_finds_words_without_a_network(browser):
+    page = browser.new_page()
+    visit = Visit("search.html", 1280)
+    with served(HTML) as base:
+        visit.watch(page, base)
+        for word, found in (("softplus", "ml3.html"), ("OnlineLoss", "api_adalfl_lite.html")):
+            page.goto(f"{base}search.html?q={word}")
+            page.wait_for_function(
+                "/matching|did not match/.test(document.querySelector('#search-results p')?.innerText)"
+            )
+            links = [link.get_attribute("href") for link in page.query_selector_all("#search-results li a")]
+            assert any(link.startswith(found) for link in links), (word, links)
+        page.goto(f"{base}search.html?q=xyzzyx")
+        page.wait_for_function("/did not match/.test(document.querySelector('#search-results p')?.innerText)")
+        assert not page.query_selector_all("#search-results li a")
+    page.close()
+    assert not visit.external and not visit.errors
+
+
+@pytest.mark.usefixtures("book")
+def test_dark_pages_are_readable(browser):
+    found = visit_all_in_the_dark(browser, HTML)
+    assert {name: facts["theme"] for name, facts in found.items()} == dict.fromkeys(found, "dark")
+    assert not {name: facts["ground"] for name, facts in found.items() if facts["ground"] > 0.1}
+    assert not {name: facts["unreadable"] for name, facts in found.items() if facts["unreadable"]}
+    assert not {name: facts["dark_figures"] for name, facts in found.items() if facts["dark_figures"]}
+
+
+def test_faults_are_seen_in_the_dark(browser, tmp_path):
+    (tmp_path / "page.html").write_text(
+        """<!doctype html><html data-theme="dark"><title>Faults</title>
+        <body style="background: #111; color: #eee"><article>
+        <p>light on dark</p><p style="color: #333">dark on dark</p><p style="background: #eee">light on light</p>
+        <img alt="a figure" src="data:,"><img alt="a light figure" style="background: white" src="data:,">
+        </article></body>"""
+    )
+    (found,) = visit_all_in_the_dark(browser, tmp_path).values()
+    assert [text.split(". ")[1] for text in found["unreadable"]] == ["dark on dark", "light on light"]
+    assert found["dark_figures"] == ["a figure"] and found["ground"] < 0.1
 
 
 def test_every_fault_is_seen(browser, tmp_path):
