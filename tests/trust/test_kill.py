@@ -21,7 +21,7 @@ NO_SPACE = 28  # the victim's exit code
 def processes():
     """Forked from one that has imported everything already, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adalfl_lite.experiments", "torch._dynamo"])
+    context.set_forkserver_preload(["adalfl_lite.experiments", "sklearn.datasets", "torch._dynamo"])
     return context
 
 
@@ -31,7 +31,7 @@ def live(processes, job, folder, events=None, end="die"):
     arguments = {"init_globals": {"ARGUMENTS": (job, str(folder), events, end)}, "run_name": "__main__"}
     process = processes.Process(target=runpy.run_path, args=(str(VICTIM),), kwargs=arguments)
     process.start()
-    process.join(300)
+    process.join(1000)  # where all is well it takes seconds
     return process.exitcode
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, experiments, fit
+from adalfl_lite import LossNetwork, experiments, fit, methods
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.tasks import get_task
 
@@ -74,9 +74,9 @@ def fixed_with_a_schedule(folder):
 
 def sweep(folder):
     """Two tasks, two methods, two seeds, stored job by job."""
-    experiments.INITIALISATION_STEPS, experiments.MAX_REHEARSAL_STEPS = 8, 4
+    methods.INITIALISATION_STEPS, methods.MAX_REHEARSAL_STEPS = 8, 4
     for name in ("handcrafted", "online"):
-        experiments.METHODS[name] = replace(experiments.METHODS[name], imitation_steps=5)
+        methods.METHODS[name] = replace(methods.METHODS[name], imitation_steps=5)
     tasks = [get_task(name).with_(steps=12) for name in ("iris", "diabetes")]
     results = experiments.compare(tasks, ["handcrafted", "online"], range(2), folder=folder / "jobs", progress=False)
     experiments.write_results(results, folder / "results.parquet")
