@@ -11,6 +11,8 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
+ALIASES = """ArrayLike Activated Batch Callback Data Diagnostic Direction Expression Gradients Kind Loss MakeModel
+MakeOptimizer Output PairLoss Pointwise Pullback State Tangents Validate""".split()  # types to be shown by name
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:", "Yields:", "Examples:")
 
 
@@ -31,9 +33,18 @@ def mend(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[
     lines[:] = [r"\ ", *mended] if what in ("attribute", "data", "property") and mended else mended
 
 
+def leave_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which only say that they are fields."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension with Sphinx; at this event it comes before napoleon."""
     app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("sphinx.ext.napoleon")
+    app.connect(
+        "config-inited", lambda app, config: config.autodoc_type_aliases.update(zip(ALIASES, ALIASES, strict=True))
+    )
     app.connect("autodoc-process-docstring", mend, priority=100)
+    app.connect("autodoc-skip-member", leave_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
