@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'Setting up .venv: PyTorch and all tools, about 6 GB and a few minutes'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[book,dev,methods]'
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[book,cluster,dev,methods]'
 	touch $@
 
 book: $(READY)  ## build the book from nothing, running every chapter

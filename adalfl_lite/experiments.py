@@ -1,7 +1,15 @@
 """Methods compared on tasks over seeds. A job is one (task, seed); every method's run in it is stored in its own file.
 
-What the methods are is told in :mod:`adalfl_lite.methods`. Jobs run through joblib, so
-``joblib.parallel_config(backend="dask")`` or ``"ray"`` moves them to a cluster.
+What the methods are is told in :mod:`adalfl_lite.methods`. Jobs run through joblib, which can move them to a cluster
+(``pip install 'adalfl-lite[cluster]'``); where a worker dies, its jobs are done again::
+
+    client = distributed.Client(address)
+    with joblib.parallel_config(backend="dask"):
+        compare(tasks, folder=folder, jobs=-1)
+
+    ray.util.joblib.register_ray()  # by itself Ray does not restart a worker
+    with joblib.parallel_config(backend="ray", ray_remote_args={"max_restarts": -1, "max_task_retries": -1}):
+        compare(tasks, folder=folder, jobs=-1)
 """
 
 from __future__ import annotations
