@@ -1,10 +1,11 @@
 """Keep the numbers that the book and the README print: python book/results/collect.py, after ``make book``.
 
 Writes every number that a chapter puts into its text (through ``glue``) to <chapter>.json beside this file, and the
-table of results into README.md. The tests compare both with what the next build prints.
+tables of results and of speed into README.md. The tests compare both with what the next build prints.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,15 @@ from analysis.statistics import summarise
 HERE = Path(__file__).parent
 EXECUTED = HERE.parent / "_build" / "jupyter_execute"
 README = HERE.parents[1] / "README.md"
-MARKS = ("<!-- results -->\n", "<!-- /results -->")
+STEPS = HERE.parents[1] / "benchmarks" / "results" / "step.json"
+MODELS = {
+    "mlp64": "MLP 64-64-10",
+    "lenet5": "LeNet-5",
+    "allcnn_c": "AllCNN-C",
+    "resnet18": "ResNet-18",
+    "wrn16_8": "WRN-16-8",
+}
+PEERS = ["functional", "higher", "torchopt"]
 
 
 def glued(chapter: str) -> dict[str, float]:
@@ -37,9 +46,37 @@ def results_table() -> str:
     cells = summary.assign(cell=[f"{r.mean:.4f} [{r.low:.4f}, {r.high:.4f}]" for r in summary.itertuples()])
     table = cells.pivot(index="method", columns="task", values="cell").fillna("")
     table = table.loc[[method for method in METHODS if method in table.index], list(summary.task.unique())]
-    header = ["method", *table.columns]
-    lines = [header, ["---"] * len(header), *table.itertuples(name=None)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["method", *table.columns], table.itertuples(name=None))
+
+
+def speed_table() -> str:
+    """The cost of a meta step in plain steps: ours, and the fastest peer's, as Markdown."""
+    ratios = pd.DataFrame(json.loads(STEPS.read_text())["rows"]).pivot(
+        index="model", columns="engine", values="time_ratio"
+    )
+    lines = []
+    for model, name in MODELS.items():
+        if model not in ratios.index:
+            continue
+        ours, peers = ratios.loc[model], ratios.loc[model, ratios.columns.intersection(PEERS)].dropna()
+        times = f"{peers.min() / ours.forward:.2f}"
+        lines.append(
+            [name, f"{ours.forward:.2f}", f"{ours.shared:.2f}", f"{peers.min():.2f} ({peers.idxmin()})", times]
+        )
+    return markdown(["model", "exact", "shared", "fastest peer", "peer / exact"], lines)
+
+
+def markdown(header: list[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
+
+
+def put_into_readme(name: str, table: str) -> None:
+    """Put a table between the marks of that name."""
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = README.read_text().split(first)
+    with atomic_path(README) as temporary:
+        temporary.write_text(before + first + table + last + rest.split(last)[1])
 
 
 def main() -> None:
@@ -47,9 +84,8 @@ def main() -> None:
     for chapter in chapters():
         with atomic_path(HERE / f"{chapter}.json") as temporary:
             temporary.write_text(json.dumps(glued(chapter), indent=1) + "\n")
-    before, rest = README.read_text().split(MARKS[0])
-    with atomic_path(README) as temporary:
-        temporary.write_text(before + MARKS[0] + results_table() + MARKS[1] + rest.split(MARKS[1])[1])
+    put_into_readme("results", results_table())
+    put_into_readme("speed", speed_table())
 
 
 if __name__ == "__main__":

@@ -82,6 +82,22 @@ def test_the_readme_prints_the_results(final):
     check_cells(cells(pd.DataFrame(lines, columns=header)), final)
 
 
+def test_the_readme_prints_the_measured_speed():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["rows"]
+    cost = {(row["model"], row["engine"]): row["time_ratio"] for row in rows}
+    text = (ROOT / "README.md").read_text().split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
+    models = dict.fromkeys(row["model"] for row in rows)
+    assert len(lines) == len(models) >= 4
+    for model, (_, exact, shared, peer, times) in zip(models, lines, strict=True):
+        assert float(exact) == pytest.approx(cost[model, "forward"], abs=0.0051)
+        assert float(shared) == pytest.approx(cost[model, "shared"], abs=0.0051)
+        fastest, name = re.fullmatch(r"([\d.]+) \((\w+)\)", peer).groups()
+        peers = {engine: ratio for (m, engine), ratio in cost.items() if m == model and engine in collect.PEERS}
+        assert peers[name] == min(peers.values()) == pytest.approx(float(fastest), abs=0.0051)
+        assert float(times) == pytest.approx(peers[name] / cost[model, "forward"], abs=0.0051)
+
+
 def test_the_chapter_prints_the_results(final):
     page = BeautifulSoup((BUILT / "html" / "adalfl.html").read_text(), "html.parser")
     table = next(table for table in page("table") if "mnist-lenet5" in [cell.text for cell in table.thead("th")])
