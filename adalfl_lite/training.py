@@ -1,9 +1,9 @@
 """``fit``: train a base model with any loss, learned online or not, with history, evaluation, checkpoints, resume.
 
 On the CPU the same seed gives the same bits on the same machine, with the same number of threads. On a GPU some kernels
-add in an order that changes from run to run (among them cuDNN's backward convolutions, and backward passes that scatter),
-so runs differ in the last bits and, training being chaotic, more and more; ``torch.use_deterministic_algorithms(True)``,
-with the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, has torch choose kernels that do not, or say which lack.
+add in an order that changes from run to run (cuDNN's backward convolutions, and backward passes that scatter), so runs
+differ in the last bits and, training being chaotic, more and more. ``torch.use_deterministic_algorithms(True)``, with
+the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, has torch choose kernels that do not, or say which lack.
 """
 
 from __future__ import annotations
