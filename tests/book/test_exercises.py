@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.optimize import brentq, linprog, minimize_scalar
 from scipy.special import expit, lambertw, log_softmax, softmax
+from scipy.stats import hypergeom
 
 BOOK = Path(__file__).parents[2] / "book"
 
@@ -408,3 +409,23 @@ def test_landscapes():
         return np.abs(np.roots([1, -(1 + 0.9 - 0.01 * curvature), 0.9])).max() - 1
 
     check("landscapes", {"factor": factor, "limit": brentq(outside, 300, 500)})
+
+
+def test_attribution():
+    # 1: the integral by the midpoint rule, and the falls of the output
+    def f(x):
+        return max(x.sum() - 1, 0)
+
+    t = (np.arange(10_000) + 0.5) / 10_000
+    integrated = np.mean(2 * t > 1)
+    occluded = f(np.ones(2)) - f(np.array([0.0, 1.0]))
+    assert 2 * integrated == pytest.approx(f(np.ones(2)) - f(np.zeros(2))) and 2 * occluded > 1.5
+
+    # 2: the six of the other are a draw without replacement
+    def overlap(pixels):
+        return hypergeom(pixels, 6, 6).mean() / 6
+
+    check(
+        "attribution",
+        {"integrated": integrated, "occlusion": occluded, "ink": overlap(32), "all": overlap(64)},
+    )
