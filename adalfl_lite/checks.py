@@ -6,11 +6,21 @@ looks at shapes, types and devices alone, which costs a GPU nothing, and waits f
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the known ones, with the nearest of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ValueError(f"unknown {what} {name!r}; {hint}known {what}s: {', '.join(known)}")
 
 
 def check_counts(**counts: int | tuple[int, int]) -> None:

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adalfl_lite.checks import check_inputs, check_rows, check_targets
+from adalfl_lite.checks import check_inputs, check_rows, check_targets, unknown
 from adalfl_lite.losses import check_kind
 from adalfl_lite.sources import IMAGES, TABLES, Kind
 
@@ -161,7 +161,7 @@ def dataset_names() -> list[str]:
 def dataset_kind(name: str) -> Kind:
     """Return "classification" or "regression" without reading any file; ``ValueError`` for an unknown name."""
     if name not in dataset_names():
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
+        raise unknown("data set", name, dataset_names())
     return TABLES[name].kind if name in TABLES else "classification"
 
 
@@ -203,7 +203,7 @@ def load_dataset(
     if name in IMAGES:
         return _load_images(name, folder, download, seed, 10_000 if valid_size is None else valid_size)
     if name not in TABLES:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(dataset_names())}")
+        raise unknown("data set", name, dataset_names())
     if valid_size is not None:
         raise ValueError(f"valid_size={valid_size} is for image sets; {name!r} is a table, which is split 60/20/20")
     return _load_table(name, folder, download, seed)

@@ -29,6 +29,7 @@ from adalfl_lite.baselines import (
 )
 from adalfl_lite.baselines.evomal import LOCAL_STEPS
 from adalfl_lite.baselines.fixed import summary
+from adalfl_lite.checks import unknown
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.initialisation import MakeModel, Validate, initialise, meta_learn, rehearsal
 from adalfl_lite.learning_rate import LearningRate, implied_multiplier, initialise_learning_rate, replay
@@ -117,7 +118,7 @@ MAIN_METHODS = ("handcrafted", "ml3", "offline", "online")
 def get_method(name: str) -> Method:
     """The method of that name; ``ValueError`` listing the known ones if there is none."""
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+        raise unknown("method", name, METHODS)
     return METHODS[name]
 
 

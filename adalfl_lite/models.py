@@ -32,6 +32,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adalfl_lite.checks import unknown
+
 
 def model_names() -> list[str]:
     """Return the names that :func:`build_model` knows."""
@@ -51,7 +53,7 @@ def build_model(name: str, *, input_shape: tuple[int, ...], outputs: int) -> nn.
         ValueError: unknown name, an ``input_shape`` the model cannot take, or ``outputs`` below 1.
     """
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(_MODELS)}")
+        raise unknown("model", name, _MODELS)
     shape, (build, min_side) = tuple(input_shape), _MODELS[name]
     if not shape or min(shape) < 1:
         raise ValueError(f"input_shape={shape} must hold the positive sizes of one input, without the batch dimension")

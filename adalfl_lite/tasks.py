@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from adalfl_lite.augmentation import crop_and_flip
+from adalfl_lite.checks import unknown
 from adalfl_lite.corruption import with_imbalance, with_label_noise
 from adalfl_lite.data import Dataset, Kind, dataset_kind, load_dataset
 from adalfl_lite.models import build_model
@@ -127,5 +128,5 @@ TASKS = {
 def get_task(name: str) -> Task:
     """The task of that name; ``ValueError`` listing the known ones if there is none."""
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+        raise unknown("task", name, TASKS)
     return TASKS[name]

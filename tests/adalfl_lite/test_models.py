@@ -139,7 +139,7 @@ def test_wrong_image_shapes_are_refused(name: str) -> None:
 
 
 def test_other_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="'lenet'; known: .*lenet5"):
+    with pytest.raises(ValueError, match="'lenet'; did you mean 'lenet5'. known models: .*mlp"):
         build_model("lenet", input_shape=(1, 28, 28), outputs=10)
     for shape in [(), (0,), (3, -1, 32)]:
         with pytest.raises(ValueError) as caught:

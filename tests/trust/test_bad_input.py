@@ -141,7 +141,7 @@ DATA = [
     Case("wrong input shape", lambda g: g.data(input_shape=(5,)), ValueError, r"\(4,\).*input_shape=\(5,\)"),
     Case("an empty split", lambda g: g.data(valid=g.split(inputs=g.x[:0], targets=g.y[:0], indices=g.rows[:0])),
          ValueError, "valid split .* empty"),
-    Case("unknown data set", lambda g: load_dataset("cifar"), ValueError, "unknown data set 'cifar'; known: digits"),
+    Case("unknown data set", lambda g: load_dataset("cifar"), ValueError, "unknown data set 'cifar'; did you mean 'cifar10'[?] known data sets: digits"),
     Case("valid_size of a table", lambda g: load_dataset("iris", valid_size=9), ValueError, "valid_size=9 is for image"),
     Case("files that are missing", lambda g: load_dataset("svhn", root=g.folder), FileNotFoundError, "download=True"),
     Case("a root that is a file", lambda g: load_dataset("svhn", root=g.file), OSError, "file"),
