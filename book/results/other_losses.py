@@ -18,19 +18,17 @@ import torch
 from adalfl_lite.baselines import SymbolicLoss, TaylorLoss
 from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
-from adalfl_lite.methods import SEARCH_BUDGET, prepare, train
+from adalfl_lite.methods import prepare, train
 from adalfl_lite.tasks import get_task
 
 STEPS, NOISE, SEEDS = 250, 0.4, 3
 METHODS = ("evomal", "taylorglo", "online")
-BUDGET = {"taylorglo": {"generations": 12, "population": 8}, "evomal": {"generations": 2, "population": 12}}
 TASK = get_task("digits").with_(steps=STEPS).corrupted(label_noise=NOISE)
 
 
 def measure(method: str, seed: int) -> dict:
     """Find the loss, then train with it."""
     torch.set_num_threads(1)
-    SEARCH_BUDGET.update(BUDGET)
     started = time.process_time()
     prepared = prepare(TASK, TASK.load(seed=seed), method, seed)
     row = {"task": TASK.name, "method": method, "seed": seed, "cpu_seconds": time.process_time() - started}
