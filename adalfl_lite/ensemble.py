@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from adalfl_lite.checks import check_counts
 from adalfl_lite.data import BatchSampler, Dataset, Split
+from adalfl_lite.files import check_writable
 from adalfl_lite.initialisation import (
     ABANDON_FACTOR,
     IMITATION_LEARNING_RATE,
@@ -46,7 +49,7 @@ from adalfl_lite.stacking import (
     stacked_step,
     task_losses,
 )
-from adalfl_lite.training import evaluate
+from adalfl_lite.training import evaluate, resume_checkpoint, save_checkpoint
 
 
 def fit_seeds(
@@ -62,6 +65,7 @@ def fit_seeds(
     meta_learning_rate: float = META_LEARNING_RATE,
     meta_batches: str = "valid",
     evaluate_every: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train every model with its loss, all in step, in place; what ``fit`` does for one of each.
@@ -72,14 +76,16 @@ def fit_seeds(
         data: one data set for all, or S of equal sizes.
         make_optimizer: parameters -> the base optimizer: SGD, Adam or AdamW.
         seeds: S seeds of the batch orders.
-        steps, batch_size, online, meta_learning_rate, meta_batches, evaluate_every, progress: as in
-            :func:`~adalfl_lite.training.fit`.
+        steps, batch_size, online, meta_learning_rate, meta_batches, evaluate_every, checkpoint,
+            progress: as in :func:`~adalfl_lite.training.fit`.
 
     Returns:
         The histories of the S runs below each other, with a first column ``seed``; seconds are the program's.
 
     Raises:
-        ValueError, TypeError: the parts do not fit together, or cannot be stacked, with the reason.
+        ValueError, TypeError: the parts do not fit together, or cannot be stacked, with the reason; or a checkpoint of
+            another run.
+        OSError: the checkpoint cannot be written.
         FloatingPointError: a loss stopped being finite; its seeds are named.
     """
     datasets = [data] * len(seeds) if isinstance(data, Dataset) else list(data)
@@ -93,6 +99,8 @@ def fit_seeds(
     metas = [BatchSampler(len(meta[0]), min(batch_size, len(meta[0])), seed + 1) for seed in seeds]
     evaluate_every = evaluate_every or max(1, steps // 20)
 
+    if checkpoint is not None:
+        check_writable(checkpoint)
     keep_freed_memory()
     stack = Stack(models)
     optimizer = make_optimizer(stack.parameters)
@@ -100,8 +108,28 @@ def fit_seeds(
     loss = None if networks is None else StackedLoss(networks)
     meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate) if loss and online else None
 
+    run = {
+        "data": datasets[0].name,
+        "seeds": list(seeds),
+        "steps": steps,
+        "batch_size": batch_size,
+        "online": online,
+        "meta_batches": meta_batches,
+        "evaluate_every": evaluate_every,
+        "meta_learning_rate": meta_learning_rate,
+        "learning_rate": [group["lr"] for group in optimizer.param_groups],
+    }
+    parts: dict[str, Any] = {"models": stack, "optimizer": optimizer}
+    for i, (sampler, meta_sampler) in enumerate(zip(batches, metas, strict=True)):
+        parts |= {f"batches {i}": sampler, f"metas {i}": meta_sampler}
+    if loss:
+        parts["losses"] = loss
+    if meta_optimizer:
+        parts["meta_optimizer"] = meta_optimizer
     history: list[dict] = []
-    seconds = 0.0
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = resume_checkpoint(checkpoint, run, parts)
+    start, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
 
     def record(step: int, train_losses: Tensor, meta_losses: Tensor) -> None:
         stack.write_back()
@@ -112,10 +140,13 @@ def fit_seeds(
             history.append({**row, "seconds": seconds})
 
     nothing = torch.full((len(seeds),), math.nan)
-    record(0, nothing, nothing)
+    if not history:
+        record(0, nothing, nothing)
     kept: list[tuple[Tensor, Tensor]] = []
     clock = time.perf_counter()
-    for step in tqdm(range(1, steps + 1), disable=not progress, desc=f"{len(seeds)} seeds"):
+    for step in tqdm(
+        range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, desc=f"{len(seeds)} seeds"
+    ):
         meta_batch = _rows(meta, metas) if meta_optimizer else None
         result = stacked_step(stack, loss, optimizer, kind, _rows(train, batches), meta_batch)
         if not (finite := result.finite()).all():
@@ -128,7 +159,10 @@ def fit_seeds(
             seconds += time.perf_counter() - clock
             means = [torch.stack(values).mean(0) for values in zip(*kept, strict=True)]
             record(step, means[0], means[1] if meta_optimizer else nothing)
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, run, parts, history)
             kept, clock = [], time.perf_counter()
+    stack.write_back()
     if loss:
         loss.write_back()
     return pd.DataFrame(history).sort_values(["seed", "step"], kind="stable", ignore_index=True)

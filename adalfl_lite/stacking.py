@@ -46,6 +46,18 @@ class Stack:
 
         return vmap(one)(dict(zip(self.names, parameters, strict=True)), buffers, inputs)
 
+    def state_dict(self) -> dict:
+        """θ and the buffers, stacked."""
+        return {"parameters": [p.detach() for p in self.parameters], "buffers": self.buffers}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+        for name, buffer in self.buffers.items():
+            buffer.copy_(state["buffers"][name])
+
     @torch.no_grad()
     def replace(self, i: int, model: nn.Module) -> None:
         """Put another model in the place of the i-th."""
@@ -75,6 +87,15 @@ class StackedLoss:
         self.networks = networks
         rows = zip(*(network.parameters() for network in networks), strict=True)
         self.parameters = [torch.stack([p.detach() for p in row]) for row in rows]
+
+    def state_dict(self) -> dict:
+        """φ, stacked."""
+        return {"parameters": self.parameters}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
 
     def derivatives(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Along]:
         """M_φ (S,), ∂M_φ/∂f (S, B, C), and the function u ↦ ∇_φ ⟨∂M_φ/∂f, u⟩ of a tangent (S, B, C)."""

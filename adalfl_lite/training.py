@@ -199,7 +199,7 @@ def fit(
         parts["scheduler"] = scheduler
     history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _resume(checkpoint, run, parts)
+        history = resume_checkpoint(checkpoint, run, parts)
     start, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
 
     def read(split: Split, rows: Tensor) -> Batch:
@@ -262,7 +262,7 @@ def fit(
             if on_divergence == "restore":
                 good = _states(learned)
             if checkpoint is not None:
-                _save(checkpoint, run, parts, history)
+                save_checkpoint(checkpoint, run, parts, history)
     return pd.DataFrame(history)
 
 
@@ -326,7 +326,8 @@ def _states(parts: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
 
-def _save(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: list[dict]) -> None:
+def save_checkpoint(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: list[dict]) -> None:
+    """Save the settings of a run, the state of every part, the history and torch's random state, atomically."""
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
@@ -334,8 +335,12 @@ def _save(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: li
     atomic_save({"format": FORMAT, "run": run, "history": history, "random": random, **states}, path)
 
 
-def _resume(path: str | os.PathLike, run: dict, parts: dict[str, Any]) -> list[dict]:
-    """Load every part's state and the random state; return the history so far."""
+def resume_checkpoint(path: str | os.PathLike, run: dict, parts: dict[str, Any]) -> list[dict]:
+    """Load every part's state and the random state, and return the history so far.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other settings or parts.
+    """
     saved = load_payload(path, FORMAT)
     if missing := {"run", "history", "random"} - saved.keys():
         raise ValueError(f"{path} is not a whole checkpoint, it lacks {', '.join(sorted(missing))}; delete it")

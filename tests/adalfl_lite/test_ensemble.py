@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adalfl_lite.data import Dataset, Split
+from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.ensemble import fit_seeds, initialise_seeds
 from adalfl_lite.initialisation import initialise
 from adalfl_lite.losses import LossNetwork, task_loss
@@ -106,6 +106,40 @@ def test_one_data_set_may_serve_all():
     others, other_losses, _ = make()
     fit_seeds(others, other_losses, [data[0]] * 3, make_optimizer=OPTIMIZERS["SGD"], seeds=SEEDS, **OPTIONS)
     assert torch.equal(flat(models), flat(others))
+
+
+def test_a_resumed_program_ends_as_a_whole_one(tmp_path):
+    def train(checkpoint, interrupt=False):
+        models, losses, data = make(batch_norm)
+        calls = 0
+
+        def sgd(parameters):
+            return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+        class Interrupted(BatchSampler):
+            def __next__(self):
+                nonlocal calls
+                calls += 1
+                if interrupt and calls > 4 * 2 * len(SEEDS):  # in the fifth of six steps
+                    raise KeyboardInterrupt
+                return super().__next__()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("adalfl_lite.ensemble.BatchSampler", Interrupted)
+            options = {"make_optimizer": sgd, "seeds": SEEDS, "online": True, "checkpoint": checkpoint}
+            history = fit_seeds(models, losses, data, **options, **OPTIONS)
+        return flat(models), flat(losses), history.drop(columns="seconds")
+
+    whole = train(None)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", interrupt=True)
+    for _ in range(2):  # resumed; and finished, read back
+        for ours, theirs in zip(train(tmp_path / "run"), whole, strict=True):
+            assert ours.equals(theirs) if hasattr(ours, "columns") else torch.equal(ours, theirs)
+    models, losses, data = make(batch_norm)
+    with pytest.raises(ValueError, match="checkpoint of another run .seeds"):
+        options = {"make_optimizer": OPTIMIZERS["momentum"], "online": True, "checkpoint": tmp_path / "run"}
+        fit_seeds(models, losses, data, seeds=(1, 2, 3), **options, **OPTIONS)
 
 
 def test_the_seed_that_diverges_is_named():

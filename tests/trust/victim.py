@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, experiments, fit, methods
+from adalfl_lite import LossNetwork, experiments, fit, fit_seeds, methods
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.tasks import get_task
 
@@ -70,6 +70,21 @@ def fixed_with_a_schedule(folder):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
 
     train(folder, lambda: F.cross_entropy, adamw, cosine)
+
+
+def seeds(folder):
+    """Three seeds as one program."""
+    models, losses = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+        losses.append(LossNetwork.classification())
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    options = {"steps": 40, "batch_size": 10, "evaluate_every": 2, "online": True, "progress": False}
+    fit_seeds(models, losses, clouds(), make_optimizer=sgd, seeds=range(3), checkpoint=folder / "run", **options)
 
 
 def sweep(folder):
