@@ -76,8 +76,8 @@ def fit_seeds(
         data: one data set for all, or S of equal sizes.
         make_optimizer: parameters -> the base optimizer: SGD, Adam or AdamW.
         seeds: S seeds of the batch orders.
-        steps, batch_size, online, meta_learning_rate, meta_batches, evaluate_every, checkpoint,
-            progress: as in :func:`~adalfl_lite.training.fit`.
+        steps, batch_size, online, meta_learning_rate, meta_batches: as in :func:`~adalfl_lite.training.fit`.
+        evaluate_every, checkpoint, progress: likewise.
 
     Returns:
         The histories of the S runs below each other, with a first column ``seed``; seconds are the program's.

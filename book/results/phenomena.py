@@ -92,7 +92,7 @@ SETTINGS = {
     ),
     "mnist-lenet5": Setting(
         get_task("mnist-lenet5").with_(steps=600, learning_rate=0.1),
-        seeds=1,
+        seeds=3,
         initialisation_steps=300,
         rehearsals=3,
         rehearsal_steps=200,
