@@ -43,6 +43,7 @@ from adalfl_lite.online import META_LEARNING_RATE
 from adalfl_lite.stacking import (
     Stack,
     StackedLoss,
+    check_elementwise,
     check_stackable,
     keep_freed_memory,
     meta_step,
@@ -104,7 +105,7 @@ def fit_seeds(
     keep_freed_memory()
     stack = Stack(models)
     optimizer = make_optimizer(stack.parameters)
-    check_stackable(models, networks or [], optimizer)
+    check_elementwise(optimizer)
     loss = None if networks is None else StackedLoss(networks)
     meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate) if loss and online else None
 
@@ -232,9 +233,10 @@ def initialise_seeds(
         models = [run.draw(make_model).train() for run in runs]
         if len({id(model) for model in models}) < len(models):
             raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        check_stackable(models, networks)
         stack = Stack(models)
         optimizer = make_optimizer(stack.parameters)
-        check_stackable(models, networks, optimizer)
+        check_elementwise(optimizer)
         return stack, optimizer
 
     def rehearse(step: int) -> None:

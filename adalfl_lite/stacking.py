@@ -232,9 +232,7 @@ def keep_freed_memory() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does
 
 
-def check_stackable(
-    models: Sequence[nn.Module], losses: Sequence[nn.Module], optimizer: Optimizer | None = None
-) -> None:
+def check_stackable(models: Sequence[nn.Module], losses: Sequence[nn.Module]) -> None:
     """Raise ``ValueError`` or ``TypeError``, with the reason, unless one program trains these as each would alone."""
     for name, modules in (("models", models), ("losses", losses)):
         shapes = [
@@ -252,5 +250,9 @@ def check_stackable(
             raise TypeError(f"{type(network).__name__} cannot be stacked; give LossNetworks of known layers")
         if str(network) != str(losses[0]):
             raise ValueError("the losses differ in kind, layers or anchor; all must be of one architecture")
-    if optimizer is not None and type(optimizer) not in RULES:
+
+
+def check_elementwise(optimizer: Optimizer) -> None:
+    """Raise ``TypeError`` unless the optimizer is known to treat every entry alike, so that a stack suits it."""
+    if type(optimizer) not in RULES:
         raise TypeError(f"{type(optimizer).__name__} is not known to treat every entry alike; use SGD, Adam or AdamW")
