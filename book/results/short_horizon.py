@@ -1,4 +1,4 @@
-"""Measure the short-horizon bias on digits: python book/results/short_horizon.py [--jobs 2]
+"""Measure the short-horizon bias on digits and MNIST: python book/results/short_horizon.py [--jobs 2] [--root DATA]
 
 For each kind of offline learning, seed and length of it: how the learned loss does at what it was trained for (the task
 loss one step after), how large it is, and how it does at what it is used for (the test error of a whole training run).
@@ -20,7 +20,10 @@ from adalfl_lite.metagradient import plain_step
 from adalfl_lite.tasks import get_task
 from analysis.effective_lr import effective_learning_rate
 
-LENGTHS = (25, 50, 100, 200, 400, 800, 1600, 2500)
+TASKS = {  # name: (the task, when to look, seeds)
+    "digits": (get_task("digits"), (25, 50, 100, 200, 400, 800, 1600, 2500), 4),
+    "mnist-lenet5": (get_task("mnist-lenet5").with_(learning_rate=0.1), (25, 100, 400, 800, 1600), 3),
+}
 VARIANTS = {  # name: (loss network, base steps before the model is drawn afresh)
     "ML³": (LossNetwork.ml3, 1),
     "AdaLFL's network": (LossNetwork.default, 1),
@@ -30,26 +33,26 @@ HORIZON = 600
 ONE_STEP_REPEATS = 50
 
 
-def measure(variant: str, seed: int) -> list[dict]:
-    """Algorithm 1 without rehearsals, stopped at each of LENGTHS to see what the loss is good for."""
+def measure(name: str, variant: str, seed: int, root: str | None = None) -> list[dict]:
+    """Algorithm 1 without rehearsals, stopped now and then to see what the loss is good for."""
     torch.set_num_threads(1)
     make_network, rollout_steps = VARIANTS[variant]
-    task = get_task("digits")
-    data = task.load(seed=seed)
+    task, lengths, _ = TASKS[name]
+    data = task.load(seed=seed, root=root)
     train = data.train.batches(task.batch_size, seed=20_000 + seed)
     valid = data.valid.batches(task.batch_size, seed=30_000 + seed)
     torch.manual_seed(10_000 + seed)
     network = make_network("classification")
     meta_optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     rows = []
-    for step in range(1, max(LENGTHS) + 1):
+    for step in range(1, max(lengths) + 1):
         if (step - 1) % rollout_steps == 0:
             model = task.make_model(data)
             online = OnlineLoss(model, network, task.make_optimizer(model.parameters()), meta_optimizer=meta_optimizer)
         online.step(next(train), next(valid))
-        if step in LENGTHS:
+        if step in lengths:
             frozen = network.clone().requires_grad_(False)
-            row = {"variant": variant, "seed": seed, "meta_steps": step}
+            row = {"task": name, "variant": variant, "seed": seed, "meta_steps": step}
             rows.append({**row, **one_step(frozen, task, data, train, valid), **whole_run(frozen, task, data, seed)})
     return rows
 
@@ -79,11 +82,17 @@ def whole_run(loss, task, data, seed) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="the rows of others stay")
+    parser.add_argument("--root", help="the data folder")
     options = parser.parse_args()
-    grid = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
+    grid = [(name, v, seed, options.root) for name in options.tasks for seed in range(TASKS[name][2]) for v in VARIANTS]
     measured = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*point) for point in grid)
     table = pd.DataFrame([row for rows in measured for row in rows]).assign(**provenance())
-    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
+    path = Path(__file__).with_suffix(".parquet")
+    if path.exists():
+        before = pd.read_parquet(path)
+        table = pd.concat([before[~before.task.isin(options.tasks)], table], ignore_index=True)
+    with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False)
-    print(table.groupby(["variant", "meta_steps"], sort=False)[["one_step_loss", "scale", "test_error"]].mean())
+    columns = ["one_step_loss", "scale", "test_error"]
+    print(table.groupby(["task", "variant", "meta_steps"], sort=False)[columns].mean().to_string())
