@@ -202,6 +202,9 @@ def compare_command(
     root: Root = None,
     device: Device = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes to use; a job is one (task, seed).")] = 1,
+    together: Annotated[
+        bool, typer.Option("--together", help="Run all seeds as one program, for small models.")
+    ] = False,
     out: Out = Path("results"),
 ) -> None:
     """Train every method on every task with several seeds; print and draw mean test errors with 95 % intervals.
@@ -223,7 +226,7 @@ def compare_command(
     for task in chosen:
         _load(task, root=root)
     options: dict[str, Any] = {"folder": out / "jobs", "root": root, "device": device, "jobs": jobs}
-    results = _checked(compare, chosen, names, range(seeds), **options)
+    results = _checked(compare, chosen, names, range(seeds), together=together, **options)
     _write(results, out / "comparison.parquet")
     print_errors(results, "test error, mean over seeds")
     with theme():

@@ -138,7 +138,7 @@ def fit_seeds(
             row = {"seed": seed, "step": step, "train_loss": train_losses[i].item(), "meta_loss": meta_losses[i].item()}
             for name, splits in held_out.items():
                 row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, splits[i], kind)
-            history.append({**row, "seconds": seconds})
+            history.append({**row, "learning_rate": float(optimizer.param_groups[0]["lr"]), "seconds": seconds})
 
     nothing = torch.full((len(seeds),), math.nan)
     if not history:

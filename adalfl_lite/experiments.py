@@ -1,4 +1,4 @@
-"""Methods compared on tasks over seeds. A job is one (task, seed); every method's run in it is stored in its own file.
+"""Methods compared on tasks over seeds. A job is one (task, seed), or all seeds of a task; each run has its own file.
 
 What the methods are is told in :mod:`adalfl_lite.methods`. Jobs run through joblib, which can move them to a cluster
 (``pip install 'adalfl-lite[cluster]'``); where a worker dies, its jobs are done again::
@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,23 @@ import torch
 from tqdm import tqdm
 
 from adalfl_lite.files import atomic_path
-from adalfl_lite.methods import MAIN_METHODS, METHODS, check_applies, fresh, prepare, train
+from adalfl_lite.methods import MAIN_METHODS, METHODS, Prepared, check_applies, fresh, prepare, train
 from adalfl_lite.tasks import Task, get_task
+from adalfl_lite.together import prepare_together, runs_together, train_together
 from adalfl_lite.training import Callback
 
-__all__ = ["MAIN_METHODS", "METHODS", "compare", "final_errors", "fresh", "provenance", "read_results", "run"]
+__all__ = [
+    "MAIN_METHODS",
+    "METHODS",
+    "compare",
+    "final_errors",
+    "fresh",
+    "provenance",
+    "read_results",
+    "run",
+    "run_together",
+    "write_results",
+]
 
 
 def compare(
@@ -46,6 +59,7 @@ def compare(
     root: str | None = None,
     device: str = "cpu",
     jobs: int = 1,
+    together: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Run every method on every task with every seed; a tidy table of their histories.
@@ -58,17 +72,20 @@ def compare(
         root: data folder, see :func:`~adalfl_lite.data.load_dataset`.
         device: where to train.
         jobs: processes; more than one uses the active joblib backend.
+        together: make all seeds of a task one job, and one program where a method allows
+            (:mod:`adalfl_lite.together`): much faster for small models, the same to rounding. Seconds are then equal
+            shares of the program's. If one seed diverges, the method's seeds are run one by one.
         progress: show a bar over jobs.
 
     Returns:
         The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_steps,
-        initialisation_chosen_step, initialisation_seconds and the provenance of :func:`provenance`. A run that diverged
-        is one row at its last step with infinite errors.
+        initialisation_chosen_step, initialisation_seconds, seeds_together (how many shared the program) and the
+        provenance of :func:`provenance`. A run that diverged is one row at its last step with infinite errors.
 
     Raises:
         ValueError: an unknown task or method, a method that is not for a task's kind, or nothing to run, before any
-            job starts; or ``folder`` holds a job of
-            the same name with another number of steps.
+            job starts; ``folder`` holds a job of the same name with another number of steps; or ``together``, and the
+            task's model cannot be stacked.
     """
     chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
     for name, values in (("tasks", chosen), ("methods", methods), ("seeds", seeds)):
@@ -77,7 +94,8 @@ def compare(
     for task in chosen:
         for method in methods:
             check_applies(method, task)
-    grid = [(task, seed) for task in chosen for seed in seeds]
+    groups = [list(seeds)] if together else [[seed] for seed in seeds]
+    grid = [(task, group) for task in chosen for group in groups]
     job = partial(_run_methods, methods=methods, folder=folder, root=root, device=device)
     with tqdm(grid, desc="jobs", disable=not progress) as points:  # as jobs are handed out: not all backends stream
         results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(*point) for point in points)
@@ -86,7 +104,7 @@ def compare(
 
 def _run_methods(
     task: Task,
-    seed: int,
+    seeds: Sequence[int],
     *,
     methods: Sequence[str],
     folder: str | os.PathLike | None,
@@ -95,24 +113,43 @@ def _run_methods(
 ) -> list[pd.DataFrame]:
     """One job. Methods that start from the same learned loss share its initialisation."""
     frames: list[pd.DataFrame] = []
-    shared: dict = {}
+    shared: dict[int, dict] = {seed: {} for seed in seeds}
     for method in methods:
-        path = None if folder is None else Path(folder) / f"{task.name}--{method}--seed{seed}.parquet"
-        if path is not None and path.exists():
-            stored = read_results(path)
-            if stored.step.max() != task.steps:
-                raise ValueError(f"{path} has {stored.step.max()} steps, not {task.steps}; use another folder")
-            frames.append(stored)
-            continue
-        try:
-            result = run(task, method, seed, root=root, device=device, shared=shared)
-        except FloatingPointError:
-            labels = {"task": task.name, "method": method, "seed": seed, "step": task.steps}
-            result = pd.DataFrame([{**labels, "test_error": math.inf, "valid_error": math.inf, **provenance(device)}])
-        if path is not None:
-            write_results(result, path)
-        frames.append(result)
+        paths = {
+            seed: None if folder is None else Path(folder) / f"{task.name}--{method}--seed{seed}.parquet"
+            for seed in seeds
+        }
+        left = [seed for seed, path in paths.items() if path is None or not path.exists()]
+        frames += [_stored(path, task) for seed, path in paths.items() if path is not None and seed not in left]
+        found: list[pd.DataFrame] = []
+        if len(left) > 1 and runs_together(method, task):
+            with suppress(FloatingPointError):
+                found = run_together(task, method, left, root=root, device=device, shared=shared)
+        for i, seed in enumerate(left):
+            if found:
+                result = found[i]
+            else:
+                result = _run_or_diverge(task, method, seed, root=root, device=device, shared=shared[seed])
+            if (path := paths[seed]) is not None:
+                write_results(result, path)
+            frames.append(result)
     return frames
+
+
+def _stored(path: Path, task: Task) -> pd.DataFrame:
+    stored = read_results(path)
+    if stored.step.max() != task.steps:
+        raise ValueError(f"{path} has {stored.step.max()} steps, not {task.steps}; use another folder")
+    return stored
+
+
+def _run_or_diverge(task: Task, method: str, seed: int, *, device: str, **options: Any) -> pd.DataFrame:
+    """The history; of a run that diverged one row, at its last step."""
+    try:
+        return run(task, method, seed, device=device, **options)
+    except FloatingPointError:
+        labels = {"task": task.name, "method": method, "seed": seed, "step": task.steps}
+        return pd.DataFrame([{**labels, "test_error": math.inf, "valid_error": math.inf, **provenance(device)}])
 
 
 def run(
@@ -136,16 +173,42 @@ def run(
     prepared = prepare(task, data, method, seed, device=device, shared=shared, progress=progress)
     options: dict[str, Any] = {"callback": callback, "checkpoint": checkpoint, "progress": progress}
     history = train(prepared, method, seed, device=device, **options)
-    labels = {
-        "task": task.name,
-        "method": method,
-        "seed": seed,
-        "initialisation_steps": prepared.steps,
-        "initialisation_chosen_step": prepared.chosen_step,
-        "initialisation_seconds": prepared.seconds,
+    return _labelled(history, prepared, method, seed, device, 1)
+
+
+def run_together(
+    task: Task,
+    method: str,
+    seeds: Sequence[int],
+    *,
+    root: str | None = None,
+    device: str = "cpu",
+    shared: dict[int, dict] | None = None,
+) -> list[pd.DataFrame]:
+    """:func:`run` for several seeds as one program; ``shared`` has a dictionary for every seed."""
+    datasets = [task.load(root=root, seed=seed) for seed in seeds]
+    shared = {seed: {} for seed in seeds} if shared is None else shared
+    prepared = prepare_together(task, datasets, method, seeds, device=device, shared=shared)
+    histories = train_together(prepared, method, seeds, device=device)
+    return [
+        _labelled(histories[histories.seed == seed].drop(columns="seed"), one, method, seed, device, len(seeds))
+        for seed, one in zip(seeds, prepared, strict=True)
+    ]
+
+
+def _labelled(
+    history: pd.DataFrame, prepared: Prepared, method: str, seed: int, device: str, together: int
+) -> pd.DataFrame:
+    return history.assign(
+        task=prepared.task.name,
+        method=method,
+        seed=seed,
+        initialisation_steps=prepared.steps,
+        initialisation_chosen_step=prepared.chosen_step,
+        initialisation_seconds=prepared.seconds,
+        seeds_together=together,
         **provenance(device),
-    }
-    return history.assign(**labels)
+    )
 
 
 def read_results(path: str | os.PathLike) -> pd.DataFrame:

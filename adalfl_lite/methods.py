@@ -42,6 +42,7 @@ from adalfl_lite.training import Callback, evaluate, fit
 TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """A tuned method tries the task's learning rate times each of these."""
 
+INITIALISATION_SEED = 10_000
 INITIALISATION_STEPS = 2500
 MAX_REHEARSAL_STEPS = 1000
 ONLINE_META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
@@ -248,39 +249,52 @@ def initialised(
     Returns:
         The loss or the learning rate, the meta steps taken or losses tried, and the step that was chosen (0: a search).
     """
-    torch.manual_seed(10_000 + seed)
-    train, meta = data.train.to(device), getattr(data, method.meta_batches).to(device)
+    torch.manual_seed(INITIALISATION_SEED + seed)
+    batches, meta_batches, validate = streams(task, data, seed, method, device)
 
     def make_model() -> torch.nn.Module:
         return task.make_model(data).to(device)
 
-    def validate(model: torch.nn.Module) -> tuple[float, float]:
-        return evaluate(model, meta, data.kind)
-
-    batches = train.batches(task.batch_size, seed=20_000 + seed)
-    if task.augmentation:
-        batches = ((task.augmentation(inputs), targets) for inputs, targets in batches)
-    meta_batches = meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed)
     if method.loss in SEARCH_BUDGET:
         arguments = (make_model, batches, meta_batches, validate, device)
         return _searched(method.loss, task, data.kind, data.outputs, seed, *arguments)
-    options: dict[str, Any] = {
-        "make_optimizer": task.make_optimizer,
-        "steps": INITIALISATION_STEPS,
-        "rollout_steps": method.rollout_steps,
-        "rehearsal_steps": min(task.steps, MAX_REHEARSAL_STEPS),
-        "validate": validate,
-        "progress": progress,
-    }
+    options = initialisation_options(task, method) | {"validate": validate, "progress": progress}
     learned: torch.nn.Module
     if method.learned_rate:
         learned = LearningRate([task.learning_rate])
         outcome = initialise_learning_rate(learned, make_model, batches, meta_batches, kind=data.kind, **options)
     else:
-        learned = (LossNetwork.ml3(data.kind) if method.loss == "ml3" else LossNetwork.default(data.kind)).to(device)
+        learned = loss_network(method, data.kind).to(device)
         options["imitation_steps"] = method.imitation_steps
         outcome = initialise(learned, make_model, batches, meta_batches, **options)
     return learned, outcome.steps, outcome.chosen_step
+
+
+def streams(
+    task: Task, data: Dataset, seed: int, method: Method, device: str
+) -> tuple[Iterator[Batch], Iterator[Batch], Validate]:
+    """What Algorithms 1 and 3 learn from: training batches, meta batches, and how to score a model."""
+    train, meta = data.train.to(device), getattr(data, method.meta_batches).to(device)
+    batches = train.batches(task.batch_size, seed=20_000 + seed)
+    if task.augmentation:
+        batches = ((task.augmentation(inputs), targets) for inputs, targets in batches)
+    meta_batches = meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed)
+    return batches, meta_batches, lambda model: evaluate(model, meta, data.kind)
+
+
+def initialisation_options(task: Task, method: Method) -> dict[str, Any]:
+    """What they are called with."""
+    return {
+        "make_optimizer": task.make_optimizer,
+        "steps": INITIALISATION_STEPS,
+        "rollout_steps": method.rollout_steps,
+        "rehearsal_steps": min(task.steps, MAX_REHEARSAL_STEPS),
+    }
+
+
+def loss_network(method: Method, kind: str) -> LossNetwork:
+    """A fresh M_φ."""
+    return LossNetwork.ml3(kind) if method.loss == "ml3" else LossNetwork.default(kind)
 
 
 def _searched(

@@ -190,6 +190,16 @@ def test_compare_again_runs_nothing(comparison, monkeypatch):
     assert "has 10 steps, not 11; use another folder" in fails("compare", "iris", "--steps", 11, "--out", out)
 
 
+def test_compare_together_is_compare(comparison, tmp_path):
+    out, text = comparison
+    options = ("--methods", "handcrafted", "--seeds", 2, "--steps", 10, "--together", "--out", tmp_path)
+    assert "handcrafted" in succeeds("compare", "iris", *options)
+    found = pd.read_parquet(tmp_path / "comparison.parquet")
+    assert set(found.seeds_together) == {2}
+    whole = pd.read_parquet(out / "comparison.parquet").query("task == 'iris' and method == 'handcrafted'")
+    assert found.test_loss.to_numpy() == pytest.approx(whole.test_loss.to_numpy(), abs=1e-5)
+
+
 @pytest.mark.parametrize("figure", ["comparison", "curves"])
 @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_plot_draws_a_stored_table(comparison, tmp_path, figure, ending, start):

@@ -14,6 +14,7 @@ from adalfl_lite import experiments, methods, tasks
 from adalfl_lite.experiments import compare, final_errors, provenance, run
 from adalfl_lite.methods import METHODS, TUNING_FACTORS
 from adalfl_lite.tasks import Task, get_task
+from adalfl_lite.together import runs_together
 from adalfl_lite.training import evaluate, fit
 
 IRIS = get_task("iris").with_(steps=40)
@@ -23,7 +24,7 @@ COLUMNS = {
     *("task", "method", "seed", "step", "train_loss", "meta_loss"),
     *("valid_error", "valid_loss", "test_error", "test_loss", "seconds"),
     *("learning_rate", "initialisation_steps", "initialisation_chosen_step", "initialisation_seconds"),
-    *("device", "torch", "python", "commit"),
+    *("seeds_together", "device", "torch", "python", "commit"),
 }
 EVERY = [name for name, method in METHODS.items() if "classification" in method.kinds]
 INITIALISED = [name for name in EVERY if METHODS[name].loss in ("adalfl", "ml3") or METHODS[name].learned_rate]
@@ -329,6 +330,69 @@ def test_a_learned_loss_is_frozen_offline_and_adapted_online():
         run(IRIS.with_(steps=3), method, 0, callback=keep)
         moved[method] = not torch.equal(phi[0], phi[-1])
     assert moved == {"offline": False, "online": True}
+
+
+# Together ----------------------------------------------------------------------------------------------------------
+
+
+TOGETHER = ["handcrafted", "handcrafted-all", "ml3", "offline", "online", "online-train", "rate-offline"]
+
+
+@pytest.fixture(scope="module")
+def together():
+    return compared([IRIS], TOGETHER, [0, 1], together=True)
+
+
+def test_seeds_together_give_what_they_give_one_by_one(results, together):
+    assert list(together.columns) == list(results.columns)
+    for method in TOGETHER:
+        found = rows(together[together.seed == 0], method)
+        alone = rows(results, method)
+        assert set(found.seeds_together) == {1 if method == "rate-offline" else 2}
+        assert found.initialisation_chosen_step.equals(alone.initialisation_chosen_step)
+        for column in ("step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "learning_rate"):
+            np.testing.assert_allclose(found[column], alone[column], rtol=1e-3, atol=1e-3, err_msg=f"{method} {column}")
+
+
+def test_seeds_together_share_the_seconds_and_the_initialisation(together):
+    for method in ("ml3", "online"):
+        assert rows(together, method).initialisation_seconds.nunique() == 1
+        assert (rows(together, method).groupby("step").seconds.nunique() == 1).all()
+    seconds = together.groupby("method").initialisation_seconds.first()
+    assert seconds["offline"] == seconds["online"] != seconds["ml3"]
+
+
+def test_seeds_together_are_stored_one_by_one_and_only_the_missing_ones_run(tmp_path, monkeypatch):
+    first = compared([IRIS], ["handcrafted"], [0], folder=tmp_path)
+    asked = []
+    real = experiments.run_together
+    monkeypatch.setattr(
+        experiments, "run_together", lambda t, m, seeds, **o: asked.append(seeds) or real(t, m, seeds, **o)
+    )
+    both = compared([IRIS], ["handcrafted"], [0, 1, 2], folder=tmp_path, together=True)
+    assert asked == [[1, 2]] and len(list(tmp_path.glob("*.parquet"))) == 3
+    pd.testing.assert_frame_equal(both[both.seed == 0].reset_index(drop=True), first)
+    again = compared([IRIS], ["handcrafted"], [0, 1, 2], folder=tmp_path, together=True)
+    assert len(asked) == 1
+    pd.testing.assert_frame_equal(again, both)
+
+
+def test_where_one_seed_diverges_the_others_are_run_alone(monkeypatch):
+    def diverges(*_, **__):
+        raise FloatingPointError("a loss of seed 1 was not finite")
+
+    monkeypatch.setattr(experiments, "run_together", diverges)
+    found = compared([IRIS], ["handcrafted"], [0, 1], together=True)
+    assert set(found.seeds_together) == {1} and np.isfinite(found.test_error).all()
+    same(found, compared([IRIS], ["handcrafted"], [0, 1]))
+
+
+def test_a_task_with_drops_or_crops_runs_its_seeds_one_by_one():
+    for task in (IRIS.with_(drops=(0.5,)), get_task("cifar10-resnet18")):
+        assert not runs_together("handcrafted", task)
+    assert runs_together("handcrafted", IRIS) and not runs_together("handcrafted-tuned", IRIS)
+    dropped = compared([IRIS.with_(drops=(0.5,))], ["handcrafted"], [0, 1], together=True)
+    assert dropped.learning_rate.nunique() == 2
 
 
 # Divergence --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""A method with several seeds as one program (:mod:`adalfl_lite.ensemble`), where method and task allow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pandas as pd
+
+from adalfl_lite.data import Dataset
+from adalfl_lite.ensemble import fit_seeds, initialise_seeds
+from adalfl_lite.methods import (
+    INITIALISATION_SEED,
+    ONLINE_META_LEARNING_RATE,
+    Prepared,
+    fresh,
+    get_method,
+    initialisation_options,
+    loss_network,
+    prepare,
+    streams,
+)
+from adalfl_lite.tasks import Task
+
+STACKED_LOSSES = ("adalfl", "ml3")
+
+
+def runs_together(method: str, task: Task) -> bool:
+    """Whether seeds of the method can be one program: they share a learning rate, and the loss is M_φ or the task's."""
+    how = get_method(method)
+    plain = how.loss == "task" and not (how.tuned or how.learned_rate or how.replays)
+    return (plain or how.loss in STACKED_LOSSES) and not (task.augment or task.drops)
+
+
+def prepare_together(
+    task: Task, datasets: Sequence[Dataset], method: str, seeds: Sequence[int], *, device: str, shared: dict[int, dict]
+) -> list[Prepared]:
+    """What :func:`~adalfl_lite.methods.prepare` does, for every seed; each counts an equal share of the seconds.
+
+    ``shared`` keeps initialised losses between calls, by seed.
+    """
+    how = get_method(method)
+    key = (how.loss, how.learned_rate, how.meta_batches)
+    new = [(data, seed) for data, seed in zip(datasets, seeds, strict=True) if key not in shared[seed]]
+    if how.loss in STACKED_LOSSES and new:
+        started, first = time.perf_counter(), datasets[0]
+        train, meta, validate = zip(*(streams(task, data, seed, how, device) for data, seed in new), strict=True)
+        networks, outcomes = initialise_seeds(
+            lambda: loss_network(how, first.kind).to(device),
+            lambda: task.make_model(first).to(device),
+            train,
+            meta,
+            seeds=[INITIALISATION_SEED + seed for _, seed in new],
+            imitation_steps=how.imitation_steps,
+            validate=validate,
+            **initialisation_options(task, how),
+        )
+        share = (time.perf_counter() - started) / len(new)
+        for (_, seed), network, outcome in zip(new, networks, outcomes, strict=True):
+            shared[seed][key] = network, outcome.steps, outcome.chosen_step, share
+    return [
+        prepare(task, data, method, seed, device=device, shared=shared[seed])
+        for data, seed in zip(datasets, seeds, strict=True)
+    ]
+
+
+def train_together(prepared: Sequence[Prepared], method: str, seeds: Sequence[int], *, device: str) -> pd.DataFrame:
+    """What :func:`~adalfl_lite.methods.train` does, for every seed; the histories below each other."""
+    how, task = get_method(method), prepared[0].task
+    history = fit_seeds(
+        [fresh(task, one.data, seed, device)[0] for one, seed in zip(prepared, seeds, strict=True)],
+        [one.loss for one in prepared] if how.loss in STACKED_LOSSES else None,  # type: ignore[misc]
+        [one.data for one in prepared],
+        make_optimizer=task.make_optimizer,
+        seeds=seeds,
+        steps=task.steps,
+        batch_size=task.batch_size,
+        online=how.online,
+        meta_learning_rate=ONLINE_META_LEARNING_RATE[prepared[0].data.kind],
+        meta_batches=how.meta_batches,
+        progress=False,
+    )
+    return history.assign(seconds=history.seconds / len(seeds))
