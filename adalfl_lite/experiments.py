@@ -31,7 +31,16 @@ import torch
 from tqdm import tqdm
 
 from adalfl_lite.files import atomic_path
-from adalfl_lite.methods import MAIN_METHODS, METHODS, Prepared, check_applies, fresh, prepare, train
+from adalfl_lite.methods import (
+    MAIN_METHODS,
+    METHODS,
+    Prepared,
+    check_applies,
+    fresh,
+    prepare,
+    train,
+    training_steps,
+)
 from adalfl_lite.tasks import Task, get_task
 from adalfl_lite.together import prepare_together, runs_together, train_together
 from adalfl_lite.training import Callback
@@ -115,12 +124,11 @@ def _run_methods(
     frames: list[pd.DataFrame] = []
     shared: dict[int, dict] = {seed: {} for seed in seeds}
     for method in methods:
-        paths = {
-            seed: None if folder is None else Path(folder) / f"{task.name}--{method}--seed{seed}.parquet"
-            for seed in seeds
-        }
-        left = [seed for seed, path in paths.items() if path is None or not path.exists()]
-        frames += [_stored(path, task) for seed, path in paths.items() if path is not None and seed not in left]
+        names = {seed: f"{task.name}--{method}--seed{seed}.parquet" for seed in seeds}
+        paths = {} if folder is None else {seed: Path(folder) / name for seed, name in names.items()}
+        done = [seed for seed in paths if paths[seed].exists()]
+        frames += [_stored(paths[seed], training_steps(task, method)) for seed in done]
+        left = [seed for seed in seeds if seed not in done]
         found: list[pd.DataFrame] = []
         if len(left) > 1 and runs_together(method, task):
             with suppress(FloatingPointError):
@@ -130,16 +138,16 @@ def _run_methods(
                 result = found[i]
             else:
                 result = _run_or_diverge(task, method, seed, root=root, device=device, shared=shared[seed])
-            if (path := paths[seed]) is not None:
-                write_results(result, path)
+            if seed in paths:
+                write_results(result, paths[seed])
             frames.append(result)
     return frames
 
 
-def _stored(path: Path, task: Task) -> pd.DataFrame:
+def _stored(path: Path, steps: int) -> pd.DataFrame:
     stored = read_results(path)
-    if stored.step.max() != task.steps:
-        raise ValueError(f"{path} has {stored.step.max()} steps, not {task.steps}; use another folder")
+    if stored.step.max() != steps:
+        raise ValueError(f"{path} has {stored.step.max()} steps, not {steps}; use another folder")
     return stored
 
 
@@ -148,7 +156,7 @@ def _run_or_diverge(task: Task, method: str, seed: int, *, device: str, **option
     try:
         return run(task, method, seed, device=device, **options)
     except FloatingPointError:
-        labels = {"task": task.name, "method": method, "seed": seed, "step": task.steps}
+        labels = {"task": task.name, "method": method, "seed": seed, "step": training_steps(task, method)}
         return pd.DataFrame([{**labels, "test_error": math.inf, "valid_error": math.inf, **provenance(device)}])
 
 
