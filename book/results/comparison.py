@@ -1,0 +1,53 @@
+"""Compare every method on every task: python book/results/comparison.py [--tasks iris wine] [--root DATA]
+
+Each finished run is a file in --folder, which a rerun skips; all of them together become comparison.parquet beside this
+file. Small models train all seeds as one program, so a task takes a quarter of an hour on one core, and LeNet-5 on
+MNIST half an hour per seed.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from adalfl_lite.experiments import compare, read_results, write_results
+from adalfl_lite.methods import METHODS
+from adalfl_lite.tasks import Task, get_task
+
+CHOSEN = (
+    *("handcrafted", "handcrafted-tuned", "handcrafted-all", "handcrafted-long", "label-smoothing-tuned"),
+    *("rate-offline", "rate-online", "ml3", "offline", "online"),
+)
+SEEDS = 10
+TASKS = {
+    task.name: task
+    for task in (
+        *map(get_task, ("digits", "iris", "wine", "breast_cancer", "diabetes", "communities", "california")),
+        *(get_task(name).with_(steps=3000) for name in ("mnist-linear", "mnist-mlp", "mnist-lenet5")),
+    )
+}
+
+
+def methods(task: Task) -> list[str]:
+    """Those that apply."""
+    return [name for name in CHOSEN if task.kind in METHODS[name].kinds]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=CHOSEN, help="by default all that apply")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--folder", type=Path, default=Path("results/comparison"))
+    parser.add_argument("--root", help="the data folder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for task in map(TASKS.get, options.tasks):
+        chosen = [name for name in methods(task) if name in (options.methods or CHOSEN)]
+        arguments = {"folder": options.folder, "root": options.root, "progress": False}
+        compare([task], chosen, range(options.seeds), together="lenet5" not in task.name, **arguments)
+        print(task.name, *chosen, flush=True)
+    files = [path for name in TASKS for path in sorted(options.folder.glob(f"{name}--*.parquet"))]
+    results = pd.concat(map(read_results, files), ignore_index=True)
+    write_results(results, Path(__file__).with_suffix(".parquet"))
