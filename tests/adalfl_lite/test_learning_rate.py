@@ -16,6 +16,7 @@ from adalfl_lite.learning_rate import (
     PROPORTIONAL,
     LearningRate,
     OnlineLearningRate,
+    implied_multiplier,
     initialise_learning_rate,
     replay,
 )
@@ -132,6 +133,45 @@ def test_theta_goes_where_torch_takes_it_and_the_meta_batch_leaves_buffers_and_r
         plain_step(twin, F.cross_entropy, plain, batch)
     assert torch.equal(flat(model), flat(twin))
     assert plain.param_groups[0]["lr"] == pytest.approx(0.1, rel=1e-12)
+
+
+def test_learners_may_share_a_rate():
+    """Each takes up what the others have learned, as the rollouts of the initialisation do."""
+    (first, batches), (second, _) = problem(), problem(seed=1)
+    rate = LearningRate([0.1])
+    learners = [
+        OnlineLearningRate(m, F.cross_entropy, torch.optim.SGD(m.parameters(), lr=1.0), learning_rate=rate)
+        for m in (first, second)
+    ]
+    with torch.no_grad():
+        rate.log_rates += 1
+    twin = copy.deepcopy(second)
+    learners[0].step(batches[0], batches[1])
+    learners[1].meta_gradient(batches[2], batches[3])
+    plain_step(twin, F.cross_entropy, torch.optim.SGD(twin.parameters(), lr=rate.rates[0]), batches[2])
+    assert torch.equal(flat(second), flat(twin)) and rate.rates[0] > 0.2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_implied_multiplier_is_the_projection_of_the_gradients(training):
+    """The least-squares coefficient of numpy, over all parameters of the model in eval mode, used or not."""
+    model, ((x, y), *_) = problem()
+    model = nn.Sequential(nn.ModuleDict({"unused": nn.Linear(2, 2), "used": model})).train(training)
+    model.forward = lambda inputs: model[0]["used"](inputs)
+
+    def other(p, y):
+        return p.square().mean() + 2 * F.cross_entropy(p, y)
+
+    twin = copy.deepcopy(model[0]["used"]).eval()
+    gradients = []
+    for loss in (other, F.cross_entropy):
+        twin.zero_grad()
+        loss(twin(x), y).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]).numpy())
+    (expected,), *_ = np.linalg.lstsq(gradients[1][:, None], gradients[0], rcond=None)
+    assert implied_multiplier(model, other, F.cross_entropy, (x, y)) == pytest.approx(expected, rel=1e-12)
+    assert all(module.training == training for module in model.modules())
+    assert expected != pytest.approx(2, rel=1e-2)
 
 
 def test_a_state_dict_continues_bit_for_bit_and_loads_with_weights_only():

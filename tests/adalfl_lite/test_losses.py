@@ -104,6 +104,14 @@ def test_a_one_dimensional_regression_batch_reads_as_one_output():
     assert torch.equal(network(prediction[:, 0], target[:, 0]), network(prediction, target))
 
 
+def test_a_class_that_the_model_has_no_output_for_is_named():
+    prediction, target = torch.zeros(3, 4), torch.tensor([0, 3, 4])
+    for loss in (task_loss("classification"), LossNetwork.classification()):
+        with pytest.raises(ValueError, match="label 4"):
+            loss(prediction, target)
+    assert torch.isfinite(task_loss("classification")(prediction[:2], target[:2]))
+
+
 def test_constructors_and_their_parameter_counts():
     def count(network):
         return sum(p.numel() for p in network.parameters())

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from adalfl_lite.losses import LossNetwork, task_loss
@@ -256,6 +257,37 @@ def test_a_meta_optimizer_of_the_users_is_used_and_leaves_frozen_layers_alone():
     for p, old, gradient in zip(trained, before[1:], result.meta_gradient, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.5 * gradient)
     assert all(p.grad is None for p in [*network.parameters(), *model.parameters()])
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_meta_gradient_longer_than_the_limit_is_scaled_down_to_it(share):
+    model, network, batches = problem(dtype=torch.float64)
+    online = learner(model, network, meta_optimizer=torch.optim.SGD(network.parameters(), lr=1.0))
+    result = online.meta_gradient([batches[0]], batches[1])
+    gradient = torch.cat([g.flatten() for g in result.meta_gradient])
+    before = flat(network)
+    online.clip_meta_gradient = share * gradient.norm().item()
+    online.apply_meta_gradient(result)
+    torch.testing.assert_close(before - flat(network), min(share, 1.0) * gradient, rtol=1e-3, atol=0)
+
+
+def test_a_group_of_one_process_changes_nothing(tmp_path):
+    def learned(**options):
+        model, network, batches = problem(dtype=torch.float64)
+        online = learner(model, network, meta_learning_rate=1e-2, **options)
+        torch.manual_seed(5)
+        for i in range(3):
+            online.step(batches[i], batches[i + 1])
+        return online, batches, torch.cat([flat(model), flat(network)])
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        online, batches, state = learned(process_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="one inner step is taken at a time, got 2 batches"):
+            online.meta_gradient(batches[:2], batches[2])
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(state, learned()[2])
 
 
 def test_any_module_can_be_the_loss_if_the_task_loss_is_given():

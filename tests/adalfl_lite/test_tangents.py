@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from adalfl_lite.tangents import finite_difference_tangent, output_tangent
+from adalfl_lite.tangents import finite_difference_tangent, forward, output_tangent
 
 
 def convnet(affine=True, running=True):
@@ -19,6 +19,7 @@ MODELS = {
     "not affine": lambda: convnet(affine=False),
     "no running statistics": lambda: convnet(running=False),
     "evaluation mode": lambda: convnet().eval(),
+    "on the inputs": lambda: nn.Sequential(nn.BatchNorm2d(2), *convnet()),
 }
 
 
@@ -76,3 +77,15 @@ def test_running_statistics_move_once_as_in_a_plain_pass():
     model(x)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(state[name], buffer)
+
+
+def test_an_autocast_around_it_does_not_keep_old_weights():
+    """Within a user's own autocast torch would reuse the cast of a weight until that ends, through the step of θ."""
+    model = nn.Linear(3, 2)
+    x, bfloat16 = torch.randn(4, 3), torch.bfloat16
+    with torch.autocast("cpu", dtype=bfloat16):
+        forward(model, {}, x, bfloat16)
+        with torch.no_grad():
+            model.weight.mul_(3)
+        found = forward(model, {}, x, bfloat16)
+    assert torch.equal(found, forward(model, {}, x, bfloat16)) and found.dtype == torch.float32
