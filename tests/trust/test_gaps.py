@@ -67,3 +67,16 @@ def test_a_loss_per_example_is_refused(engine, batch):
     online = OnlineLoss(model, PerExample(), optimizer, task_loss=F.cross_entropy, engine=engine)
     with pytest.raises(ValueError, match=r"a loss must be a scalar, got shape \(8,\)"):
         online.step(batch, batch)
+
+
+@pytest.mark.parametrize("engine", ["forward", "shared", "unrolled"])
+def test_a_learned_loss_that_is_not_finite_leaves_the_model_as_it_was(engine, batch):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    online = OnlineLoss(model, Scaled(), optimizer, task_loss=F.cross_entropy, engine=engine)
+    huge = (torch.full((8, 4), 3e38), batch[1])  # finite, until they are summed
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="the learned loss is not finite"):
+        online.step(huge, batch)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
