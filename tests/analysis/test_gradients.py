@@ -68,6 +68,13 @@ def test_mean_gradients_are_those_of_backward(training):
         torch.testing.assert_close(torch.cat([g.flatten() for g in gradient.values()]), expected, rtol=0, atol=1e-14)
 
 
+def test_a_parameter_that_the_loss_does_not_reach_has_a_gradient_of_zero():
+    model, (x, y) = convnet().eval(), images()
+    model.register_parameter("unused", nn.Parameter(torch.ones(3).double()))
+    (found,) = mean_gradients(model, [F.cross_entropy], (x, y))
+    assert torch.equal(found["unused"], torch.zeros(3).double()) and found["0.weight"].norm() > 0
+
+
 def test_a_loader_with_a_short_last_batch_counts_every_example_once():
     model, (x, y) = convnet().eval(), images(11)
     (whole,) = mean_gradients(model, [F.cross_entropy], (x, y))

@@ -1,6 +1,7 @@
 """Label smoothing recovered from smoothed cross-entropy itself, and the fit against numpy's least squares."""
 
 import doctest
+import itertools
 import math
 
 import numpy as np
@@ -174,6 +175,20 @@ def test_resting_points_of_losses_that_have_none():
         resting_point(shuffled.assign(gradient=0), 2)
     with pytest.raises(ValueError, match="lacks the column gradient"):
         resting_point(shuffled[["probability"]], 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_resting_points_by_trying_every_cut(count):
+    """All patterns of signs: the cut that most examples agree with, the lowest of equals."""
+    p = np.sort(np.random.default_rng(count).uniform(size=count))
+    between = [0.0, *((p[1:] + p[:-1]) / 2), 1.0]
+    for signs in itertools.product([-1, 1], repeat=count):
+        agreeing = [sum(sign == (-1 if i < cut else 1) for i, sign in enumerate(signs)) for cut in range(count + 1)]
+        best = max(agreeing)
+        found = resting_point(pd.DataFrame({"probability": p, "gradient": signs}), 3)
+        assert found.agreement == best / count
+        assert found.probability == pytest.approx(between[agreeing.index(best)])
+        assert found.epsilon == pytest.approx(1.5 * (1 - found.probability))
 
 
 def test_logit_statistics_by_hand():
