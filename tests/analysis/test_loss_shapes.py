@@ -63,6 +63,23 @@ def test_many_steps_carry_their_step():
     assert frame.value.tolist() == [4, 4, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "ends"), [("classification", [0, 1], [0.005, 0.995]), ("regression", [-1, 0, 1], [-3, 3])]
+)
+def test_what_is_drawn_if_nothing_is_asked_for(kind, targets, ends):
+    frame = loss_curves(F.mse_loss if kind == "regression" else F.cross_entropy, kind)
+    assert frame.target.unique().tolist() == targets
+    assert frame.index.tolist() == list(range(len(frame)))
+    for _, curve in frame.groupby("target"):
+        np.testing.assert_allclose(curve.prediction.iloc[[0, -1]], ends)
+
+
+@pytest.mark.parametrize("tol", [-0.1, 0, 1, 1.5])
+def test_a_tolerance_of_flatness_outside_its_range_is_refused(tol):
+    with pytest.raises(ValueError, match=f"must lie in .0, 1., got {tol}"):
+        shape_measures(loss_curves(F.mse_loss, "regression"), tol)
+
+
 def test_a_loss_that_ignores_the_prediction_has_derivative_zero():
     frame = loss_curves(lambda p, y: y.float().sum(), "regression")
     assert (frame.derivative == 0).all()

@@ -1,5 +1,7 @@
 """What mutants showed to be untested elsewhere."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,3 +82,10 @@ def test_a_learned_loss_that_is_not_finite_leaves_the_model_as_it_was(engine, ba
         online.step(huge, batch)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("module", ["adalfl_lite.training", "analysis.curvature"])
+def test_a_warning_of_ours_is_an_error(module):
+    for category in (DeprecationWarning, FutureWarning, RuntimeWarning):
+        with pytest.raises(category):
+            warnings.warn_explicit("old", category, "file.py", 1, module=module)
