@@ -1,12 +1,12 @@
 """Mutation testing: change one thing in a module, run its tests, and see whether they notice.
 
     python tests/trust/mutants.py                 # a seeded sample of each module below
-    python tests/trust/mutants.py --sample 1000   # all of them; takes an hour
+    python tests/trust/mutants.py --sample 1000   # all of them; takes two hours
     python tests/trust/mutants.py --only updates  # one module
 
 A mutant is a comparison, an arithmetic or logical operator, a number, a flag, a condition or a whole call turned into
 another. It lives in a process forked from one that has torch imported, so no file is touched. Survivors are listed:
-each is a test to write, or a change that makes no difference.
+each is a test to write, or makes no difference and is explained below.
 """
 
 import argparse
