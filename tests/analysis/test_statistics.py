@@ -81,11 +81,11 @@ def test_bad_samples(values, words):
         bootstrap_interval(values)
 
 
-def test_bad_confidence():
-    with pytest.raises(ValueError, match="95"):
-        bootstrap_interval(A, confidence=95)
-    with pytest.raises(ValueError, match="95"):
-        probability_of_improvement(A, B, confidence=95)
+@pytest.mark.parametrize("confidence", [-0.1, 0, 1, 1.5, 95])
+def test_bad_confidence(confidence):
+    for function in (bootstrap_interval, lambda values, **options: probability_of_improvement(values, B, **options)):
+        with pytest.raises(ValueError, match=f"as in 0.95; got {confidence}"):
+            function(A, confidence=confidence)
 
 
 def test_paired_test_is_scipys():
@@ -220,3 +220,19 @@ def test_compare_methods_pairs_by_common_seeds():
         compare_methods(frame, baseline="sgd")
     with pytest.raises(ValueError, match="no method but"):
         compare_methods(frame[frame.method == "handcrafted"])
+
+
+def test_two_common_seeds_suffice_for_a_comparison():
+    frame = runs()
+    table = compare_methods(frame[(frame.method != "ml3") | (frame.seed < 2)]).set_index(["task", "method"])
+    assert table.loc[("digits", "ml3"), "n"] == 2 and np.isfinite(table.loc[("digits", "ml3"), "difference"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_run_is_not_left_out_of_a_comparison_in_silence(value):
+    frame = runs()
+    with pytest.raises(ValueError, match="more than one row"):
+        compare_methods(pd.concat([frame, frame[:1]]))
+    frame.loc[3, "test_error"] = value
+    with pytest.raises(ValueError, match="decide what a diverged run counts as"):
+        compare_methods(frame)
