@@ -321,10 +321,22 @@ def test_bad_layers_are_named():
     with pytest.raises(ValueError, match="'0.unused' is called 0 times"):
         layer_integrated_gradients(model, "0.unused", table())
 
+    class Last(nn.Module):
+        def forward(self, states):
+            return states[0]
+
+    model = nn.Sequential(nn.LSTM(6, 3), Last()).double()
+    with pytest.raises(ValueError, match="return one tensor, but '0' returns tuple"):
+        layer_integrated_gradients(model, "0", table())
+
 
 def test_bad_attributions_are_named():
     with pytest.raises(ValueError, match=r"one shape \(N, ...\), got \(5, 6\) and \(4, 6\)"):
         attribution_agreement(table(), table(4))
+    for shape in ((0, 6), (5, 0), (6,)):
+        with pytest.raises(ValueError, match="must have one shape"):
+            attribution_agreement(torch.zeros(shape), torch.zeros(shape))
+    assert attribution_agreement(torch.ones(1, 1), torch.ones(1, 1)).overlap.tolist() == [1]
     with pytest.raises(ValueError, match="NaN"):
         attribution_agreement(table(), table() * float("nan"))
     with pytest.raises(ValueError, match="number of features, 6; got 7"):
