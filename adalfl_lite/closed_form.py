@@ -120,28 +120,62 @@ def _times(vectors: Tensor, weight: Tensor) -> Tensor:
     return vectors * weight if weight.shape[-2] == 1 else vectors @ weight
 
 
-def mixed_derivative(loss_network: LossNetwork, prediction: Tensor, target: Tensor, tangent: Tensor) -> list[Tensor]:
-    """∇_φ ⟨∂M_φ/∂f (f, y), u⟩ of a :class:`~adalfl_lite.losses.LossNetwork`, for every parameter of it.
+Along = Callable[[Tensor], list[Tensor]]
+
+
+def derivatives(
+    loss_network: LossNetwork, parameters: Sequence[Tensor] | None, output: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Along]:
+    """M_φ, ∂M_φ/∂f and the function u ↦ ∇_φ ⟨∂M_φ/∂f, u⟩ of a :class:`~adalfl_lite.losses.LossNetwork`, or of S.
 
     Args:
-        loss_network: M_φ, for which :func:`layers_of` knows the layers.
+        loss_network: one for which :func:`layers_of` knows the layers.
+        parameters: φ to take in place of its own; for S networks stacked, with a leading S.
+        output: p of :func:`~adalfl_lite.losses.output_pairs`, (B, C), or (S, B, C) for S networks.
+        target: y of it.
+
+    Returns:
+        () and (B, C), or (S,) and (S, B, C); and the function, of a tangent u of the shape of f.
+    """
+    layers = layers_of(loss_network.network, parameters)
+    if layers is None:
+        raise ValueError("the loss network holds layers whose derivatives are not known in closed form")
+    lead = layers[0].weight.ndim - 2
+    p, y = output.flatten(lead), target.flatten(lead)
+    points = p.shape[-1]
+    count = points if loss_network.reduction == "mean" else output.shape[lead]
+    if loss_network.anchored:  # the Bregman form also needs value and slope at p = y
+        p, y = torch.cat([p, y], -1), torch.cat([y, y], -1)
+    value, slope, tape = value_and_slope(layers, y, p)
+    if loss_network.anchored:
+        slope, base = slope[..., :points] - slope[..., points:], slope[..., points:]
+        value = value[..., :points] - value[..., points:] - base * (p - y)[..., :points]
+
+    def to_logits(vector: Tensor) -> Tensor:
+        """Along the softmax, whose Jacobian is symmetric; nothing to do in regression."""
+        if loss_network.kind == "regression":
+            return vector
+        return output * (vector - (output * vector).sum(-1, keepdim=True))
+
+    def along(tangent: Tensor) -> list[Tensor]:
+        weights = to_logits(tangent).flatten(lead) / count
+        return mixed_gradient(tape, torch.cat([weights, -weights], -1) if loss_network.anchored else weights)
+
+    return value.sum(-1) / count, to_logits(slope.view(output.shape)) / count, along
+
+
+@torch.no_grad()
+def mixed_derivative(loss_network: LossNetwork, prediction: Tensor, target: Tensor, tangent: Tensor) -> list[Tensor]:
+    """∇_φ ⟨∂M_φ/∂f (f, y), u⟩ for every parameter of the loss network.
+
+    Args:
+        loss_network: M_φ, as above.
         prediction, target: f and y, as the loss network takes them.
         tangent: u, of the shape of f.
     """
-    layers = layers_of(loss_network.network)
-    if layers is None:
-        raise ValueError("the loss network holds layers whose derivatives are not known in closed form")
-    with torch.no_grad():
-        output, targets = output_pairs(loss_network.kind, prediction, target, layers[0].weight.dtype)
-        tangent = tangent.to(output.dtype)
-        if loss_network.kind == "classification":  # the tangent of the softmax
-            tangent = output * (tangent - (output * tangent).sum(-1, keepdim=True))
-        weights = tangent / (output.numel() if loss_network.reduction == "mean" else len(output))
-        output, targets, weights = output.flatten(), targets.flatten(), weights.flatten()
-        if loss_network.anchored:  # ∂_p of the Bregman form: the slope at p less the slope at y
-            output, targets = torch.cat([output, targets]), torch.cat([targets, targets])
-            weights = torch.cat([weights, -weights])
-        return mixed_gradient(value_and_slope(layers, targets, output)[2], weights)
+    dtype = next(loss_network.parameters()).dtype
+    pairs = output_pairs(loss_network.kind, prediction, target, dtype)
+    return derivatives(loss_network, None, *pairs)[2](tangent.to(dtype))
 
 
 Activated = tuple[Tensor, Tensor, Tensor | None, float]

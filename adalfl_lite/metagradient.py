@@ -163,13 +163,13 @@ def _step(
 
     derivative = _OutputDerivative(loss_network, prediction, targets)
     (learned_loss,) = average([derivative.loss], group)
-    _check_early(learned_loss, model, training.buffers)
-    gradients = _gradients(training.prediction, parameters, grad_outputs=derivative.value)
+    check_early(learned_loss, model, training.buffers)
+    gradients = gradients_of(training.prediction, parameters, grad_outputs=derivative.value)
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
     for i, gradient in zip(reached, average([g for g in gradients if g is not None], group), strict=True):
         gradients[i] = gradient
     pullback = update_pullback(optimizer, gradients)
-    _apply(optimizer, parameters, gradients)
+    apply_gradients(optimizer, parameters, gradients)
     del gradients
 
     meta = _meta_pass(model, meta_batch, autocast)
@@ -242,17 +242,17 @@ def unrolled_step(
     state = None
     first: list[Tensor] = []
     for inputs, targets in batches:
-        buffers = _clones(model)
+        buffers = buffers_of(model)
         prediction = forward(model, dict(zip(names, theta, strict=True)), inputs, autocast)
         learned_loss = loss_network(prediction, targets)
         check_scalar(learned_loss)
-        _check_early(learned_loss.detach(), model, buffers)
-        gradients = _gradients(learned_loss, theta, create_graph=True)
+        check_early(learned_loss.detach(), model, buffers)
+        gradients = gradients_of(learned_loss, theta, create_graph=True)
         theta, state = functional_update(optimizer, theta, gradients, state)
-        _apply(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
+        apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
         first = first or [learned_loss.detach(), prediction.detach()]
     random_after = RandomState(model)
-    buffers = _clones(model)
+    buffers = buffers_of(model)
     meta_inputs, meta_targets = meta_batch
     replaced = {**dict(zip(names, theta, strict=True)), **buffers}
     meta_loss = task_loss(forward(model, replaced, meta_inputs, autocast), meta_targets)
@@ -287,14 +287,15 @@ def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]
     return [names[id(parameter)] for parameter in optimizer_parameters(optimizer)]
 
 
-def _gradients(output: Tensor, parameters: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
+def gradients_of(output: Tensor, parameters: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
     """Gradients of ``output``; None where it does not depend on a parameter or the parameter is frozen."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, allow_unused=True, **options))
     return [next(found) if parameter.requires_grad else None for parameter in parameters]
 
 
-def _apply(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+def apply_gradients(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """One step of the optimizer with these gradients, which do not stay."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -302,7 +303,7 @@ def _apply(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequen
         parameter.grad = None
 
 
-def _check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tensor]) -> None:
+def check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tensor]) -> None:
     """Before θ moves: raise, with the buffers as they were, if the loss is not finite.
 
     A GPU would have to be waited for; there a loss that is not finite is seen after the step, by ``OnlineLoss``.
@@ -315,7 +316,7 @@ def _check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tens
 
 def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> ForwardPass:
     """f(x) as in plain training: buffers and random state move on."""
-    random, buffers = RandomState(model), _clones(model)
+    random, buffers = RandomState(model), buffers_of(model)
     versions = [parameter._version for parameter in model.parameters()]
     prediction = forward(model, {}, batch[0], autocast)
     if [parameter._version for parameter in model.parameters()] != versions:
@@ -325,7 +326,7 @@ def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None)
 
 def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> ForwardPass:
     """f(x) on copies of the buffers; the caller restores the random state."""
-    random, buffers, new_buffers = RandomState(model), _clones(model), _clones(model)
+    random, buffers, new_buffers = RandomState(model), buffers_of(model), buffers_of(model)
     prediction = forward(model, new_buffers, batch[0], autocast)
     return ForwardPass(batch, prediction, buffers, new_buffers, random, RandomState(model), _versions(model, batch))
 
@@ -341,7 +342,8 @@ def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
     return replace(kept, new_random=RandomState(model))
 
 
-def _clones(model: nn.Module) -> dict[str, Tensor]:
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's buffers, by name."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_batch, check_finite, check_values
+from adalfl_lite.compiled import CompiledStep
 from adalfl_lite.distributed import start_equal
 from adalfl_lite.losses import Loss, task_loss
 from adalfl_lite.metagradient import (
@@ -49,6 +50,9 @@ class OnlineLoss:
         process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: every process hands an equal
             share of each batch to :meth:`step`, and all learn as one process with the whole batches would. They start
             from the first one's θ and φ. BatchNorm sees the shares, as in torch's own data parallelism.
+        compile: a mode of ``torch.compile`` for the whole step, such as "default", or "reduce-overhead", which on a GPU
+            records CUDA graphs; None does not compile. For engine "forward", models without dropout and a
+            :class:`~adalfl_lite.losses.LossNetwork`. The first step takes long, see :mod:`adalfl_lite.compiled`.
 
     Raises:
         ValueError, TypeError: something above cannot work, with the reason.
@@ -67,6 +71,7 @@ class OnlineLoss:
         engine: str = "forward",
         autocast: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
+        compile: str | None = None,
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
@@ -87,6 +92,12 @@ class OnlineLoss:
             if engine == "unrolled":
                 raise ValueError("engine='unrolled' runs in one process; leave process_group out")
             start_equal([model, loss_network], process_group)
+        self.compiled: CompiledStep | None = None
+        if compile is not None:
+            if engine != "forward" or process_group is not None:
+                raise ValueError(f"compile={compile!r} needs engine='forward' and no process_group; leave it out")
+            arguments = (model, loss_network, optimizer, self.task_loss)
+            self.compiled = CompiledStep(*arguments, mode=compile, autocast=autocast)
 
     def step(self, batch: Batch, meta_batch: Batch) -> MetaStep:
         """One update of θ on ``batch``, then one of φ on ``meta_batch``; each is (inputs, targets).
@@ -121,6 +132,8 @@ class OnlineLoss:
         arguments = (self.model, self.loss_network, self.optimizer)
         if len(batches) != 1 and self.process_group is not None:
             raise ValueError(f"with a process_group one inner step is taken at a time, got {len(batches)} batches")
+        if self.compiled is not None and len(batches) == 1:
+            return self.compiled(batches[0], meta_batch)
         if self.engine == "unrolled" or len(batches) != 1:
             return unrolled_step(*arguments, batches, meta_batch, self.task_loss, autocast=self.autocast)
         if self.engine == "shared":

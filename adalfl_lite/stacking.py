@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.optim import Optimizer
 
-from adalfl_lite.closed_form import Layer, layers_of, mixed_gradient, value_and_slope
+from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.updates import RULES, update_pullback
 
@@ -77,9 +77,6 @@ class Stack:
                 buffer.copy_(self.buffers[name][i])
 
 
-Along = Callable[[Tensor], list[Tensor]]
-
-
 class StackedLoss:
     """S loss networks as one; ``parameters`` are φ, stacked."""
 
@@ -100,31 +97,10 @@ class StackedLoss:
     def derivatives(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Along]:
         """M_φ (S,), ∂M_φ/∂f (S, B, C), and the function u ↦ ∇_φ ⟨∂M_φ/∂f, u⟩ of a tangent (S, B, C)."""
         first = self.networks[0]
-        layers: list[Layer] = layers_of(first.network, self.parameters) or []
-        shape, points = prediction.shape, prediction.flatten(1).shape[1]
-        count = points if first.reduction == "mean" else shape[1]
         output, targets = prediction, target
         if first.kind == "classification":
-            output, targets = prediction.softmax(-1), F.one_hot(target, shape[-1]).to(prediction.dtype)
-        y, p = targets.flatten(1), output.flatten(1)
-        if first.anchored:  # the Bregman form also needs value and slope at p = y
-            y, p = torch.cat([y, y], 1), torch.cat([p, y], 1)
-        value, slope, tape = value_and_slope(layers, y, p)
-        if first.anchored:
-            slope, base = slope[:, :points] - slope[:, points:], slope[:, points:]
-            value = value[:, :points] - value[:, points:] - base * (p - y)[:, :points]
-
-        def to_logits(vector: Tensor) -> Tensor:
-            """Along the softmax, whose Jacobian is symmetric; nothing to do in regression."""
-            if first.kind == "regression":
-                return vector
-            return output * (vector - (output * vector).sum(-1, keepdim=True))
-
-        def along(tangent: Tensor) -> list[Tensor]:
-            weights = to_logits(tangent).flatten(1) / count
-            return mixed_gradient(tape, torch.cat([weights, -weights], 1) if first.anchored else weights)
-
-        return value.sum(1) / count, to_logits(slope.view(shape)) / count, along
+            output, targets = prediction.softmax(-1), F.one_hot(target, prediction.shape[-1]).to(prediction.dtype)
+        return derivatives(first, self.parameters, output, targets)
 
     @torch.no_grad()
     def write_back(self) -> None:

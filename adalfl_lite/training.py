@@ -58,6 +58,7 @@ def fit(
     meta_batches: str = "valid",
     clip_meta_gradient: float | None = None,
     engine: str = "forward",
+    compile: str | None = None,
     scheduler: LRScheduler | None = None,
     augment: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
@@ -80,8 +81,9 @@ def fit(
         batch_size: rows per training batch, and per meta batch where its split has as many.
         online: adapt what ``learn`` names after every step.
         learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
-        meta_learning_rate, meta_optimizer, clip_meta_gradient, engine: see :class:`~adalfl_lite.online.OnlineLoss` and
-            :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has the first two.
+        meta_learning_rate, meta_optimizer, clip_meta_gradient, engine, compile: see
+            :class:`~adalfl_lite.online.OnlineLoss`, and :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which
+            has the first two.
         meta_batches: "valid"; "train" to adapt on training rows alone (the text allows both); or "next", where the meta
             batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a forward pass.
         scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
@@ -122,6 +124,8 @@ def fit(
         raise ValueError(f"engine='shared' needs meta_batches='next', got {meta_batches!r}")
     if learn not in ("loss", "learning_rate"):
         raise ValueError(f"learn must be 'loss' or 'learning_rate', got {learn!r}")
+    if compile is not None and not (online and learn == "loss"):
+        raise ValueError("compile is for a loss that is learned online; leave it out, or hand fit torch.compile(model)")
     if online and learn == "learning_rate" and scheduler is not None:
         raise ValueError("a learned learning rate and a scheduler exclude each other; leave one out")
     trainable = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
@@ -172,6 +176,7 @@ def fit(
             clip_meta_gradient=clip_meta_gradient,
             engine=engine,
             autocast=autocast,
+            compile=compile,
         )
     run = {
         "data": data.name,

@@ -6,10 +6,11 @@ cross-entropy of a meta batch at the new θ. A plain step is one of the same SGD
 - Time. In each round every engine makes one step, in random order; its ratio is to the plain step of the same round.
   Ratios are of the process's CPU time on one thread, which other processes disturb little; wall-clock ratios stand
   beside them. Given are the median over the rounds and the quartiles.
-- Memory. Each engine runs in a process of its own: the peak resident memory of two steps, less the peak of that
-  process after the same engine has stepped a tiny model. So libraries do not count; the model, its optimizer's state
-  and all that a step allocates do.
-- Agreement. The relative difference of each engine's first meta-gradient from the exact one, on models of its own.
+- Memory, except where a compiler would count. Each engine runs in a process of its own: the peak resident memory of two
+  steps, less the peak of that process after the same engine has stepped a tiny model. So libraries do not count; the
+  model, its optimizer's state and all that a step allocates do.
+- Agreement. The relative difference of each engine's first meta-gradient from that of double backward.
+- The first step, in CPU seconds, compilers that it starts included; nothing compiled earlier is used again.
 
 The peers need ``pip install 'adalfl-lite[bench]'``; ones that are not installed are left out. Writes results/step.json,
 where the rows of models that were not measured this time stay.
@@ -89,11 +90,11 @@ def plain(s: Setting) -> Step:
     return step
 
 
-def ours(engine: str) -> Callable[[Setting], Step]:
+def ours(engine: str, **options: str) -> Callable[[Setting], Step]:
     """One of the engines of OnlineLoss."""
 
     def build(s: Setting) -> Step:
-        online = OnlineLoss(s.model, s.network, s.optimizer, meta_optimizer=s.meta_optimizer, engine=engine)
+        online = OnlineLoss(s.model, s.network, s.optimizer, meta_optimizer=s.meta_optimizer, engine=engine, **options)
 
         def step() -> list[Tensor]:
             batch, meta_batch = s.batch, s.meta_batch
@@ -169,8 +170,9 @@ def by_torchopt(s: Setting) -> Step:
 
 
 OURS = {engine: ours(engine) for engine in ("forward", "shared", "finite-difference", "unrolled")}
+COMPILED = {"compiled": ours("forward", compile="default")}
 PEERS = {"functional": functional, "higher": by_higher, "torchopt": by_torchopt}
-ENGINES: dict[str, Callable[[Setting], Step]] = {"plain": plain, **OURS, **PEERS}
+ENGINES: dict[str, Callable[[Setting], Step]] = {"plain": plain, **OURS, **COMPILED, **PEERS}
 
 
 def installed() -> list[str]:
@@ -188,10 +190,14 @@ def installed() -> list[str]:
 
 
 def time_ratios(name: str, engines: list[str], batch_size: int, rounds: int) -> pd.DataFrame:
-    """One row per engine: its seconds, and the ratios to the plain step of the same round."""
+    """One row per engine: its seconds, the ratios to the plain step of the same round, and how it began."""
     steps = {engine: ENGINES[engine](Setting(name, batch_size)) for engine in engines}
-    for step in steps.values():
-        step()  # allocates, chooses kernels, fills the optimizers' states
+    opening = {}
+    for engine, step in steps.items():  # allocates, chooses kernels, compiles, fills the optimizers' states
+        begin = os.times()
+        found = step()
+        opening[engine] = (sum(os.times()[:4]) - sum(begin[:4]), found)
+    exact = opening["unrolled"][1] if "unrolled" in engines else ENGINES["unrolled"](Setting(name, batch_size))()
     seconds: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
     order = random.Random(0)
     for _ in range(rounds):
@@ -208,16 +214,16 @@ def time_ratios(name: str, engines: list[str], batch_size: int, rounds: int) -> 
         "time_ratio_high": ratios.quantile(0.75),
         "wall_ratio": wall_ratios.median(),
         "rounds": rounds,
+        "first_seconds": {engine: seconds for engine, (seconds, _) in opening.items()},
+        "disagreement": {engine: disagreement(found, exact) for engine, (_, found) in opening.items()},
     }
     return pd.DataFrame(columns)
 
 
-def disagreement(name: str, engine: str) -> float | None:
-    """‖first meta-gradient − the exact one‖ / ‖the exact one‖ on a batch of 8; None for the plain step."""
-    found = ENGINES[engine](Setting(name, 8))()
-    if found is None:
-        return None
-    exact = ENGINES["unrolled"](Setting(name, 8))()
+def disagreement(found: list[Tensor] | None, exact: list[Tensor] | None) -> float:
+    """‖meta-gradient − the exact one‖ / ‖the exact one‖; NaN for the plain step."""
+    if found is None or exact is None:
+        return math.nan
     a, b = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, exact))
     return ((a - b).norm() / b.norm()).item()
 
@@ -267,12 +273,14 @@ def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_me
     """All three measurements of one model, one row per engine."""
     with_memory &= name not in ("mlp64", "lenet5")
     memory = pd.Series(
-        {engine: peak_memory(name, engine, batch_size) if with_memory else math.nan for engine in engines}
+        {
+            engine: peak_memory(name, engine, batch_size) if with_memory and engine != "compiled" else math.nan
+            for engine in engines
+        }
     )
     table = time_ratios(name, engines, batch_size, rounds)
     table["memory_mebibytes"] = memory
     table["memory_ratio"] = memory / memory["plain"]
-    table["disagreement"] = [disagreement(name, engine) for engine in engines]
     print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
     table = table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size, **provenance())
     return json.loads(table.to_json(orient="records"))  # NaN becomes null
@@ -292,6 +300,7 @@ if __name__ == "__main__":
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.compiler.config.force_disable_caches = True
     if options.memory_of:
         print(own_peak_memory(*options.memory_of, options.batch_size))
         sys.exit()

@@ -1,0 +1,189 @@
+"""The step of :func:`~adalfl_lite.metagradient.forward_mode_step` through ``torch.compile``.
+
+A step of a small model is hundreds of kernels of microseconds, and calling them costs more than what they compute. Here
+it is three functions of tensors, each compiled as a whole, with the optimizer between them as it is:
+
+1. the training pass: f, M_φ, ∂M_φ/∂f in closed form, and from it ∇_θ M_φ;
+2. the meta pass: L_T and v = ∇_θ' L_T;
+3. the tangent pass: u = J_f w, and ∇_φ ⟨∂M_φ/∂f, u⟩ in closed form.
+
+The numbers are those of the step that is not compiled, up to rounding. The first step waits for the compiler, which
+takes from tens of seconds to minutes, and on a processor needs a C++ compiler. On a GPU the mode "reduce-overhead"
+records the three functions as CUDA graphs. What is compiled is compiled for the sizes of the first two batches and the
+modes (``train``, ``eval``) of the model's modules; a step with others, such as a smaller last batch, is not compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+from torch.optim import Optimizer
+
+from adalfl_lite.checks import check_targets, unknown
+from adalfl_lite.closed_form import Along, derivatives, layers_of
+from adalfl_lite.losses import Loss, LossNetwork, output_pairs
+from adalfl_lite.metagradient import (
+    Batch,
+    MetaStep,
+    RandomState,
+    apply_gradients,
+    buffers_of,
+    check_early,
+    forward_mode_step,
+    gradients_of,
+    trained_parameter_names,
+)
+from adalfl_lite.tangents import forward
+from adalfl_lite.updates import optimizer_parameters, update_pullback
+
+Named = dict[str, Tensor]
+
+
+class CompiledStep:
+    """``step(batch, meta_batch)`` is :func:`~adalfl_lite.metagradient.forward_mode_step`, compiled.
+
+    Args:
+        model: f_θ; draws no random numbers in its forward pass, for the tangent pass could not draw them again.
+        loss_network: M_φ, a :class:`~adalfl_lite.losses.LossNetwork`.
+        optimizer, task_loss, autocast: as there.
+        mode: of ``torch.compile``, such as "default" or "reduce-overhead".
+
+    Raises:
+        ValueError, TypeError: the mode is unknown, or the loss network not one whose derivatives are in closed form.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_network: nn.Module,
+        optimizer: Optimizer,
+        task_loss: Loss,
+        *,
+        mode: str,
+        autocast: torch.dtype | None = None,
+    ):
+        if mode not in (modes := torch._inductor.list_mode_options()):
+            raise unknown("compile mode", str(mode), modes)
+        if type(loss_network) is not LossNetwork or layers_of(loss_network.network) is None:
+            raise TypeError(f"{type(loss_network).__name__} cannot be compiled; give a LossNetwork, or no compile mode")
+        self.model, self.loss_network, self.optimizer, self.task_loss = model, loss_network, optimizer, task_loss
+        self.mode, self.autocast = mode, autocast
+        self.reached: list[int] = []
+        self.outputs = 0
+        self.case: tuple[list, list[bool]] | None = None
+        options: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False, "isolate_recompiles": True}
+        self.training_pass = torch.compile(self._training_pass, **options)
+        self.meta_pass = torch.compile(self._meta_pass, **options)
+        self.tangent_pass = torch.compile(self._tangent_pass, **options)
+
+    def __call__(self, batch: Batch, meta_batch: Batch) -> MetaStep:
+        """One step, and what it leaves behind.
+
+        Raises:
+            ValueError: a batch that does not fit, or a model that draws random numbers; θ is left unchanged.
+            RuntimeError: ``torch.compile`` cannot serve this model or these batches.
+        """
+        names = trained_parameter_names(self.model, self.optimizer)
+        shapes = [(tensor.shape, tensor.dtype) for tensor in (*batch, *meta_batch)]
+        case = (shapes, [module.training for module in self.model.modules()])
+        if self.case is None:
+            self.reached, self.case = self._reached(batch), case
+        if case != self.case:
+            return forward_mode_step(
+                self.model, self.loss_network, self.optimizer, batch, meta_batch, self.task_loss, autocast=self.autocast
+            )
+        if self.loss_network.kind == "classification":  # a compiled kernel reads beyond the end
+            check_targets(batch[1], "batch: targets", classes=self.outputs)
+            check_targets(meta_batch[1], "meta_batch: targets", classes=self.outputs)
+        return self._step(names, batch, meta_batch)
+
+    def _step(self, names: list[str], batch: Batch, meta_batch: Batch) -> MetaStep:
+        torch.compiler.cudagraph_mark_step_begin()
+        parameters = optimizer_parameters(self.optimizer)
+        theta = {names[i]: parameters[i].detach() for i in self.reached}
+        before, buffers = {name: parameter.clone() for name, parameter in theta.items()}, buffers_of(self.model)
+        phi = [parameter.detach() for parameter in self.loss_network.parameters()]
+
+        prediction, learned_loss, found, new_buffers = self._run(self.training_pass, theta, buffers, phi, *batch)
+        check_early(learned_loss, self.model, buffers)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(new_buffers[name])
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        for i, gradient in zip(self.reached, found, strict=True):
+            gradients[i] = gradient
+        pullback = update_pullback(self.optimizer, gradients)
+        apply_gradients(self.optimizer, parameters, gradients)
+
+        meta_loss, v = self._run(self.meta_pass, theta, new_buffers, *meta_batch)
+        w = dict(zip(theta, pullback(v), strict=True))
+        tangent, along = self._run(self.tangent_pass, before, w, buffers, phi, prediction, *batch)
+        wanted = [g for g, p in zip(along, self.loss_network.parameters(), strict=True) if p.requires_grad]
+        # cloned, since a CUDA graph writes its results to the same place at every step
+        meta_gradient, *others = wanted, learned_loss, meta_loss, prediction, tangent
+        return MetaStep([gradient.clone() for gradient in meta_gradient], *(other.clone() for other in others))
+
+    def _reached(self, batch: Batch) -> list[int]:
+        """Which of the optimizer's parameters the output depends on, and whether the step can be compiled at all."""
+        random, parameters = RandomState(self.model), optimizer_parameters(self.optimizer)
+        prediction = forward(self.model, buffers_of(self.model), batch[0], self.autocast)
+        if RandomState(self.model) != random:
+            random.restore()
+            raise ValueError("the model draws random numbers, which a compiled step cannot repeat; leave compile out")
+        self.loss_network(prediction, batch[1])  # says what does not fit
+        self.outputs = prediction.shape[-1]
+        gradients = gradients_of(prediction.sum(), parameters)
+        return [i for i, gradient in enumerate(gradients) if gradient is not None]
+
+    @torch.no_grad()
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                f"torch.compile cannot serve this model, loss or machine: {error}\n(leave compile={self.mode!r} out)"
+            ) from error
+
+    def _forward(self, theta: Named, buffers: Named, inputs: Tensor) -> tuple[Tensor, Named]:
+        """f(x), and the buffers that the pass leaves behind."""
+        new = {name: buffer.clone() for name, buffer in buffers.items()}
+        return forward(self.model, {**theta, **new}, inputs, self.autocast), new
+
+    def _derivatives(self, phi: list[Tensor], prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Along]:
+        pairs = output_pairs(self.loss_network.kind, prediction, targets, phi[0].dtype)
+        return derivatives(self.loss_network, phi, *pairs)
+
+    def _training_pass(
+        self, theta: Named, buffers: Named, phi: list[Tensor], inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor], Named]:
+        """f, M_φ, ∇_θ M_φ = J_fᵀ ∂M_φ/∂f and the new buffers."""
+        passed: Any = vjp(lambda t: self._forward(t, buffers, inputs), theta, has_aux=True)
+        prediction, pull_back, new = passed
+        loss, slope, _ = self._derivatives(phi, prediction, targets)
+        (gradients,) = pull_back(slope.to(prediction.dtype))
+        return prediction, loss, list(gradients.values()), new
+
+    def _meta_pass(self, theta: Named, buffers: Named, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """L_T and ∇_θ L_T."""
+        passed: Any = vjp(lambda t: self.task_loss(self._forward(t, buffers, inputs)[0], targets), theta)
+        loss, pull_back = passed
+        return loss, list(pull_back(torch.ones_like(loss))[0].values())
+
+    def _tangent_pass(
+        self,
+        theta: Named,
+        w: Named,
+        buffers: Named,
+        phi: list[Tensor],
+        prediction: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """u = J_f w and ∇_φ ⟨∂M_φ/∂f, u⟩."""
+        passed: Any = jvp(lambda t: self._forward(t, buffers, inputs)[0], (theta,), (w,))
+        tangent = passed[1]
+        return tangent, self._derivatives(phi, prediction, targets)[2](tangent.to(phi[0].dtype))
