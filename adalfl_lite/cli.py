@@ -155,7 +155,8 @@ def train(
 ) -> None:
     """Train one model and draw its learning curve, and the loss it learned with.
 
-    An interrupted training goes on where it stopped when the same command is given again.
+    An interrupted training goes on where it stopped when the same command is given again; a learned loss is
+    initialised anew first.
 
         adalfl train digits --method online
     """

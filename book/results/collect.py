@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from adalfl_lite.experiments import METHODS, final_errors
+from adalfl_lite.experiments import final_errors
 from adalfl_lite.files import atomic_path
 from analysis.statistics import summarise
 
@@ -25,6 +25,7 @@ MODELS = {
     "resnet18": "ResNet-18",
     "wrn16_8": "WRN-16-8",
 }
+SHOWN = ["handcrafted", "handcrafted-tuned", "ml3", "offline", "online"]
 PEERS = ["functional", "higher", "torchopt"]
 
 
@@ -40,13 +41,11 @@ def chapters() -> list[str]:
 
 
 def results_table() -> str:
-    """Mean test errors with intervals, methods in rows and tasks in columns, as Markdown."""
-    files = [HERE / "bundled.parquet", HERE / "mnist.parquet"]
-    summary = summarise(final_errors(pd.concat(map(pd.read_parquet, files), ignore_index=True)))
+    """Mean test errors with intervals, tasks in rows and the main methods in columns, as Markdown."""
+    summary = summarise(final_errors(pd.read_parquet(HERE / "comparison.parquet")))
     cells = summary.assign(cell=[f"{r.mean:.4f} [{r.low:.4f}, {r.high:.4f}]" for r in summary.itertuples()])
-    table = cells.pivot(index="method", columns="task", values="cell").fillna("")
-    table = table.loc[[method for method in METHODS if method in table.index], list(summary.task.unique())]
-    return markdown(["method", *table.columns], table.itertuples(name=None))
+    table = cells.pivot(index="task", columns="method", values="cell").loc[summary.task.unique(), SHOWN]
+    return markdown(["task", *table.columns], table.itertuples(name=None))
 
 
 def speed_table() -> str:

@@ -235,15 +235,16 @@ def test_table_tells_what_a_method_costs(comparison):
     assert f"{(rows.initialisation_seconds + rows.seconds).mean():.4f}" in text
 
 
-def test_table_joins_the_results_that_come_with_the_book():
-    folder = Path(__file__).parents[2] / "book" / "results"
-    text = succeeds("table", folder / "bundled.parquet", folder / "mnist.parquet")
+def test_table_shows_the_results_that_come_with_the_book():
+    stored = Path(__file__).parents[2] / "book" / "results" / "comparison.parquet"
+    text = succeeds("table", stored)
     header, _, *lines = text.splitlines()
     for task in ("digits", "wine", "breast_cancer", "diabetes", "mnist-lenet5"):
         assert f"| {task} |" in header
     for method in ("handcrafted", "online"):
         assert sum(line.startswith(f"| {method} |") for line in lines) == 1
     assert text.count("**") // 2 >= 5 and "↓" in text
+    assert "iris" in succeeds("table", stored, "--value", "cost").splitlines()[0]
 
 
 def test_table_says_what_is_missing(comparison, tmp_path):

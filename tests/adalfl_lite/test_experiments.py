@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -461,19 +462,32 @@ def test_a_task_of_your_own_can_be_compared():
 # The defaults hold -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps", "seeds", "margin"), [("wine", 500, [0, 1], 0.06), ("diabetes", 300, [0], 0)])
-def test_the_defaults_need_no_tuning(monkeypatch, name, steps, seeds, margin):
-    """Online learning with nothing chosen by hand ends finite, and not worse than twice the handcrafted loss.
-
-    ``margin`` is two of wine's 36 test rows: the handcrafted loss can make no error at all there. Wine runs for the
-    task's own number of steps and needs them: with 300, online ends at .069 over these seeds, which is not within it.
-    Diabetes is cut from 1000 steps to save time.
-    """
+@pytest.fixture
+def full_length(monkeypatch):
     monkeypatch.setattr(methods, "INITIALISATION_STEPS", 2500)
     monkeypatch.setattr(methods, "MAX_REHEARSAL_STEPS", 1000)
     monkeypatch.setattr(methods, "METHODS", METHODS)
-    last = final_errors(compared([get_task(name).with_(steps=steps)], ["handcrafted", "online"], seeds))
+
+
+@pytest.mark.slow
+def test_online_learning_of_a_regression_needs_no_tuning(full_length):
+    """With nothing chosen by hand it ends finite, and not worse than twice the handcrafted loss."""
+    last = final_errors(compared([get_task("diabetes").with_(steps=300)], ["handcrafted", "online"], [0]))
     assert not last.diverged.any()
     means = last.groupby("method").test_error.mean()
-    assert means["online"] <= 2 * means["handcrafted"] + margin, means.to_dict()
+    assert means["online"] <= 2 * means["handcrafted"], means.to_dict()
+
+
+@pytest.mark.slow
+def test_the_stored_results_come_out_again(full_length):
+    """Three seeds of digits from nothing: the mean is one that three of the ten stored errors could have."""
+    stored = final_errors(pd.read_parquet(Path(__file__).parents[2] / "book" / "results" / "comparison.parquet"))
+    again = final_errors(compared([get_task("digits")], ["handcrafted", "online"], range(3), together=True))
+    for method in ("handcrafted", "online"):
+        errors = stored[(stored.task == "digits") & (stored.method == method)].set_index("seed").test_error
+        found = again[again.method == method].set_index("seed").test_error
+        means = np.random.default_rng(0).choice(errors, (20_000, 3)).mean(1)
+        low, high = np.quantile(means, [0.001, 0.999])
+        assert low <= found.mean() <= high, f"{method}: {found.tolist()}, stored {errors[found.index].tolist()}"
+        if method == "handcrafted":  # no chaos there but that of rounding: two of 360 rows
+            assert (found - errors[found.index]).abs().max() <= 2 / 359

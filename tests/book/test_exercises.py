@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq, linprog, minimize_scalar
-from scipy.special import expit, lambertw, log_softmax, softmax
+from scipy.special import expit, lambertw, log_softmax, ndtri, softmax
 from scipy.stats import hypergeom
 
 BOOK = Path(__file__).parents[2] / "book"
@@ -169,6 +169,26 @@ def test_label_smoothing():
     assert (gradient[y == 1] < 0).all(), "no example is pulled back, so it rests at one"
     r2 = 1 - residual / np.sum(gradient**2)
     check("label_smoothing", {"margin": margin, "focal_epsilon": product / scale, "focal_r2": r2, "focal_rest": 1.0})
+
+
+def test_comparison():
+    # 1: all n signs alike, by counting; nine methods
+    seeds = next(n for n in range(2, 20) if 9 * 2 / 2**n < 0.05)
+    # 2: the mean of a maximum is that of its quantile function
+    uniform = (np.arange(2_000_000) + 0.5) / 2_000_000
+    curse = ndtri(uniform ** (1 / 7)).mean()
+    # 3: 3 + 16500 / T trainings
+    check(
+        "comparison",
+        {
+            "smallest": 2 / 2**10,
+            "seeds": seeds,
+            "curse": curse,
+            "iris": curse * (0.05 * 0.95 / 30) ** 0.5,
+            "steps": 16_500,
+            "cifar": 3 + 16_500 / 150_000,
+        },
+    )
 
 
 def test_adalfl():
