@@ -27,13 +27,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from adalfl_lite import LossNetwork, OnlineLoss, build_model
@@ -59,12 +60,13 @@ Step = Callable[[], list[Tensor] | None]
 class Setting:
     """A model, a loss network and batches, the same for every engine."""
 
-    def __init__(self, name: str, batch_size: int):
+    def __init__(
+        self, make_model: Callable[[], nn.Module], shape: tuple[int, ...], batch_size: int, outputs: int = OUTPUTS
+    ):
         torch.manual_seed(0)
-        shape = INPUTS[name]
-        self.model = build_model(name, input_shape=shape, outputs=OUTPUTS)
+        self.model = make_model()
         self.network = LossNetwork.classification()
-        batches = [(torch.randn(batch_size, *shape), torch.randint(OUTPUTS, (batch_size,))) for _ in range(2)]
+        batches = [(torch.randn(batch_size, *shape), torch.randint(outputs, (batch_size,))) for _ in range(2)]
         self.batch, self.meta_batch = batches
         self.optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         self.meta_optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-5)
@@ -76,6 +78,12 @@ class Setting:
             parameter.grad = gradient
         self.meta_optimizer.step()
         return gradients
+
+
+def setting(name: str, batch_size: int) -> Setting:
+    """With a model of the package."""
+    make_model = partial(build_model, name, input_shape=INPUTS[name], outputs=OUTPUTS)
+    return Setting(make_model, INPUTS[name], batch_size)
 
 
 # The engines: Setting -> Step ---------------------------------------------------------------------------------------
@@ -189,15 +197,15 @@ def installed() -> list[str]:
 # Measurements -------------------------------------------------------------------------------------------------------
 
 
-def time_ratios(name: str, engines: list[str], batch_size: int, rounds: int) -> pd.DataFrame:
+def time_ratios(make: Callable[[], Setting], engines: list[str], rounds: int) -> pd.DataFrame:
     """One row per engine: its seconds, the ratios to the plain step of the same round, and how it began."""
-    steps = {engine: ENGINES[engine](Setting(name, batch_size)) for engine in engines}
+    steps = {engine: ENGINES[engine](make()) for engine in engines}
     opening = {}
     for engine, step in steps.items():  # allocates, chooses kernels, compiles, fills the optimizers' states
         begin = os.times()
         found = step()
         opening[engine] = (sum(os.times()[:4]) - sum(begin[:4]), found)
-    exact = opening["unrolled"][1] if "unrolled" in engines else ENGINES["unrolled"](Setting(name, batch_size))()
+    exact = opening["unrolled"][1] if "unrolled" in engines else ENGINES["unrolled"](make())()
     seconds: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
     order = random.Random(0)
     for _ in range(rounds):
@@ -240,11 +248,11 @@ def peak_memory(name: str, engine: str, batch_size: int) -> float:
 
 def own_peak_memory(name: str, engine: str, batch_size: int) -> float:
     """What :func:`peak_memory` has the other process do."""
-    tiny = ENGINES[engine](Setting("lenet5", 2))
+    tiny = ENGINES[engine](setting("lenet5", 2))
     for _ in range(2):
         tiny()
     before = resident_peak()
-    step = ENGINES[engine](Setting(name, batch_size))
+    step = ENGINES[engine](setting(name, batch_size))
     for _ in range(2):
         step()
     return (resident_peak() - before) / 2**20
@@ -260,7 +268,7 @@ def resident_peak() -> int:
 
 def profile(name: str, engine: str, batch_size: int) -> dict[str, float]:
     """Milliseconds of the six heaviest operations of one step, and of the rest."""
-    step = ENGINES[engine](Setting(name, batch_size))
+    step = ENGINES[engine](setting(name, batch_size))
     step()
     with torch.profiler.profile() as found:
         step()
@@ -278,7 +286,7 @@ def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_me
             for engine in engines
         }
     )
-    table = time_ratios(name, engines, batch_size, rounds)
+    table = time_ratios(partial(setting, name, batch_size), engines, rounds)
     table["memory_mebibytes"] = memory
     table["memory_ratio"] = memory / memory["plain"]
     print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
