@@ -295,7 +295,7 @@ def test_cost():
     count, time = (np.array([row[key] for row in rows]) for key in ("seeds", "seconds_per_step"))
     each = np.sum((count - count.mean()) * time) / np.sum((count - count.mean()) ** 2)
     fixed = time.mean() - each * count.mean()
-    alone = rows[0]["fit_seconds_per_step"]
+    alone = rows[0]["alone_seconds_per_step"]
     assert each < alone
     # 1 and 3: counted by hand: eight layers; 2500 meta steps and nine rehearsals of 300, then 3000 steps
     found = {"plain": 3 * 8 - 1, "double": 8 * 8 - 3, "measured": measured}

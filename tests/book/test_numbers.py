@@ -100,7 +100,10 @@ def test_the_readme_prints_the_measured_speed():
 @pytest.mark.parametrize("chapter", ["adalfl", "comparison"])
 def test_the_chapters_print_the_results(final, chapter):
     page = BeautifulSoup((BUILT / "html" / f"{chapter}.html").read_text(), "html.parser")
-    errors = dict(list(final.groupby(["task", "method"]).test_error))
+    runs = pd.read_parquet(RESULTS / "comparison.parquet").query("method == 'handcrafted-long'")
+    looks = runs.sort_values(["valid_error", "valid_loss"]).groupby(["task", "seed"])
+    stopped = looks.head(1).assign(method="handcrafted-long, stopped")
+    errors = dict(list(pd.concat([final, stopped]).groupby(["task", "method"]).test_error))
     checked = set()
     for table in page("table"):
         (_, *tasks), *lines = [[cell.text for cell in row(["th", "td"])] for row in table("tr")]
@@ -110,8 +113,9 @@ def test_the_chapters_print_the_results(final, chapter):
                 if cell:
                     check_cell(cell, errors[task, method])
                     checked.add((task, method))
-    wanted = {key for key in errors if chapter == "comparison" or key[0] in ("digits", "mnist-lenet5")}
-    assert checked == wanted
+    if chapter == "adalfl":
+        errors = {(task, m) for task, m in errors if task in ("digits", "mnist-lenet5") and "long" not in m}
+    assert checked == set(errors)
 
 
 def test_every_mean_has_its_seeds(final):
