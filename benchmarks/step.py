@@ -325,6 +325,7 @@ if __name__ == "__main__":
         else:
             rounds = options.rounds or ROUNDS[model]
             rows = measure(model, engines, options.batch_size, rounds, with_memory=not options.no_memory)
-            result["rows"] = [row for row in result["rows"] if row["model"] != model] + rows
+            rows += [row for row in result["rows"] if row["model"] != model]
+            result["rows"] = sorted(rows, key=lambda row: list(INPUTS).index(row["model"]))
         with atomic_path(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
