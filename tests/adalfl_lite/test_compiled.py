@@ -93,7 +93,7 @@ def test_it_is_the_step_that_is_not_compiled(kind, make_optimizer, network, trac
 
 @pytest.mark.slow
 def test_generated_code_computes_the_same_in_float32():
-    check_equal(make(dtype=torch.float32), [(batch(dtype=torch.float32),) * 2 for _ in range(3)], 1e-5)
+    check_equal(make(dtype=torch.float32, hidden=(4,)), [(batch(dtype=torch.float32),) * 2 for _ in range(3)], 1e-5)
 
 
 def test_results_of_earlier_steps_stay_and_momentum_is_torchs(traced):
@@ -107,14 +107,18 @@ def test_results_of_earlier_steps_stay_and_momentum_is_torchs(traced):
     assert states.keys() == twin.optimizer.state_dict()["state"].keys()  # none for what is frozen or unused
 
 
-@pytest.mark.parametrize("label", [3, -1])
+@pytest.mark.parametrize(("label", "steps"), [(3, 0), (3, 1), (-1, 1)])
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_label_out_of_range_is_refused_before_theta_moves(label, place, traced):
+def test_a_label_out_of_range_is_refused_before_theta_moves(label, steps, place, traced):
     learner = make()[0]
+    for _ in range(steps):
+        learner.step(batch(), batch())
     pair = [batch(), batch()]
     pair[place][1][2] = label
     before = [p.clone() for p in learner.model.state_dict().values()]
-    with pytest.raises(ValueError, match="the label"):
+    with pytest.raises(
+        ValueError, match=f"{'meta_' if place else ''}batch: targets.* the label {label}" if steps else "the label"
+    ):
         learner.step(*pair)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.state_dict().values(), strict=True))
 

@@ -46,6 +46,9 @@ MODULES = {
 _FILTER = 'warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself'
 _MEMORY = "torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does"
 EQUIVALENT = {
+    "adalfl_lite.compiled": {
+        "USub dropped at column 40 of self.outputs = prediction.shape[-1]": "predictions of classes are (B, C)",
+    },
     "adalfl_lite.stacking": {
         f"call dropped at column 8 of {_FILTER}": "torch gives that warning once in a process; no number changes",
         f"Pow -> Mult at column 19 of {_MEMORY}": "how much memory is kept between steps; no number changes",
