@@ -15,6 +15,7 @@ modes (``train``, ``eval``) of the model's modules; a step with others, such as 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,9 @@ class CompiledStep:
         self.reached: list[int] = []
         self.outputs = 0
         self.case: tuple[list, list[bool]] | None = None
-        options: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False, "isolate_recompiles": True}
+        options: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in older versions of torch
+            options["isolate_recompiles"] = True
         self.training_pass = torch.compile(self._training_pass, **options)
         self.meta_pass = torch.compile(self._meta_pass, **options)
         self.tangent_pass = torch.compile(self._tangent_pass, **options)
