@@ -123,6 +123,16 @@ def test_a_label_out_of_range_is_refused_before_theta_moves(label, steps, place,
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.state_dict().values(), strict=True))
 
 
+def test_targets_that_do_not_fit_are_refused_before_anything_is_traced(traced, monkeypatch):
+    ours, _ = make("regression")
+    monkeypatch.setattr(ours.compiled, "training_pass", lambda *_: pytest.fail("it was traced"))
+    before = copy.deepcopy(ours.model.state_dict())
+    inputs, targets = batch(kind="regression")
+    with pytest.raises(ValueError, match="prediction and target of one shape"):
+        ours.step((inputs, targets[:, :2]), (inputs, targets))
+    assert all(torch.equal(value, before[name]) for name, value in ours.model.state_dict().items())
+
+
 def test_a_model_that_draws_random_numbers_is_refused(traced):
     model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).double()
     online = OnlineLoss(model, LossNetwork.classification().double(), NESTEROV(model.parameters()), compile="default")
