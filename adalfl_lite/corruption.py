@@ -67,8 +67,7 @@ def with_imbalance(data: Dataset, ratio: float, seed: int) -> Dataset:
             rows = (split.targets == label).nonzero().flatten()
             count = max(1, round(len(rows) * ratio ** (-label / (data.outputs - 1))))
             kept.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
-        rows = torch.cat(kept).sort().values
-        return replace(split, inputs=split.inputs[rows], targets=split.targets[rows], indices=split.indices[rows])
+        return split.take(torch.cat(kept).sort().values)
 
     return replace(data, train=thinned(data.train), valid=thinned(data.valid))
 

@@ -91,6 +91,10 @@ class Split:
             inputs = (inputs.float() / 255 - self.mean) / self.std
         return inputs, self.targets[rows]
 
+    def take(self, rows: Tensor | slice) -> Split:
+        """Return the split of these rows alone, ``rows`` as in :meth:`__getitem__`."""
+        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], indices=self.indices[rows])
+
     def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Draw endless (inputs, targets) batches in the order of :class:`BatchSampler`."""
         return (self[rows] for rows in BatchSampler(len(self), batch_size, seed))

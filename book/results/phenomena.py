@@ -71,7 +71,8 @@ class Setting:
         """The data, cut to ``rows``, with wrong labels put in."""
         data = self.task.load(seed=seed, root=root)
         if self.rows:
-            data = replace(data, train=_first(data.train, self.rows), valid=_first(data.valid, self.rows))
+            first = slice(self.rows)
+            data = replace(data, train=data.train.take(first), valid=data.valid.take(first))
         draw = torch.Generator().manual_seed(40_000 + seed)
         return replace(data, train=self._spoilt(data.train, draw), valid=self._spoilt(data.valid, draw))
 
@@ -79,10 +80,6 @@ class Setting:
         wrong = torch.rand(len(split), generator=draw) < self.wrong_labels
         other = (split.targets + torch.randint(1, 10, (len(split),), generator=draw)) % 10
         return replace(split, targets=torch.where(wrong, other, split.targets))
-
-
-def _first(split: Split, rows: int) -> Split:
-    return replace(split, inputs=split.inputs[:rows], targets=split.targets[:rows], indices=split.indices[:rows])
 
 
 DIGITS = get_task("digits").with_(steps=1000)
