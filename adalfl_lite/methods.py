@@ -46,7 +46,6 @@ TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 INITIALISATION_SEED = 10_000
 INITIALISATION_STEPS = 2500
 MAX_REHEARSAL_STEPS = 1000
-DEFAULTS = inspect.signature(initialise).parameters
 ONLINE_META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
 SEARCH_STEPS = 200
 """taylorglo and evomal score a loss by a training of this many steps, or of the task's own where that is shorter."""
@@ -73,6 +72,11 @@ class Method:
     learned_rate: bool = False
     replays: str | None = None
     kinds: tuple[str, ...] = KINDS
+
+    @property
+    def initialisation(self) -> tuple[str, bool, str]:
+        """Methods of which this is the same can share what they start training with."""
+        return self.loss, self.learned_rate, self.meta_batches
 
 
 LEARNED_LOSSES = ("adalfl", "ml3", "taylorglo", "evomal")
@@ -144,8 +148,9 @@ def training_steps(task: Task, method: str) -> int:
     """
     if not get_method(method).long:
         return task.steps
-    rehearsed = (1 + DEFAULTS["rehearsals"].default) * min(task.steps, MAX_REHEARSAL_STEPS)
-    return 3 * INITIALISATION_STEPS + rehearsed + 3 * task.steps
+    options = initialisation_options(task, get_method("online"))
+    rehearsals = 1 + inspect.signature(initialise).parameters["rehearsals"].default  # one of the imitation
+    return 3 * (options["steps"] + task.steps) + rehearsals * options["rehearsal_steps"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def prepare(
     if how.loss not in LEARNED_LOSSES and not how.learned_rate:
         loss = handcrafted_loss(how.loss, task, data)
         return Prepared(loss, task, data, None, 0, 0, time.perf_counter() - started)
-    key = (how.loss, how.learned_rate, how.meta_batches)
+    key = how.initialisation
     if key not in shared:
         found = initialised(task, data, seed, method=how, device=device, progress=progress)
         shared[key] = *found, time.perf_counter() - started

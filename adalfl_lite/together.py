@@ -40,7 +40,7 @@ def prepare_together(
     ``shared`` keeps initialised losses between calls, by seed.
     """
     how = get_method(method)
-    key = (how.loss, how.learned_rate, how.meta_batches)
+    key = how.initialisation
     new = [(data, seed) for data, seed in zip(datasets, seeds, strict=True) if key not in shared[seed]]
     if how.loss in STACKED_LOSSES and new:
         started, first = time.perf_counter(), datasets[0]
