@@ -9,12 +9,14 @@ output, g = ∂M_φ/∂f, and v = ∇_θ' L_T one ordinary backward pass on the 
 
 It follows from ∇_θ M_φ = J_fᵀ g: differentiating θ' along φ gives (∂U/∂g) J_fᵀ ∂g/∂φ, and the products are taken from
 the left. Row b of u says how example b's output would move along the (negative) meta-direction: which examples shape
-the loss. Cost: two forward-backward passes and a tangent pass, about three plain steps, at plain training's memory.
-Two options save a part of it:
+the loss. Cost: two forward-backward passes and a tangent pass, less than three plain steps, at about plain training's
+memory: in the tangent pass layers with a large fan-in need not compute their outputs again, for these are kept. Two
+options save more:
 
 - ``finite_difference=True`` replaces (2) by one more forward pass, and is approximate;
 - ``shared_forward_step`` takes the *next training batch* as its meta batch. The forward pass that gives v is then the
-  next step's training pass, kept until φ is known; same numbers, one forward pass less.
+  next step's training pass, kept until φ is known, with the outputs of all its layers; same numbers, one forward pass
+  less.
 
 ``unrolled_step`` differentiates through any number of inner steps with autograd: the reference, and the engine for
 models or optimizers forward mode cannot serve.
@@ -25,6 +27,7 @@ the meta batch passes through the model in its current mode and leaves buffers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,7 +41,7 @@ from adalfl_lite.checks import check_finite, check_scalar, check_trainable
 from adalfl_lite.closed_form import layers_of, mixed_derivative
 from adalfl_lite.distributed import average
 from adalfl_lite.losses import Loss, LossNetwork
-from adalfl_lite.tangents import finite_difference_tangent, forward, output_tangent
+from adalfl_lite.tangents import LayerOutputs, finite_difference_tangent, forward, output_tangent
 from adalfl_lite.updates import (
     check_differentiable,
     functional_update,
@@ -47,6 +50,10 @@ from adalfl_lite.updates import (
 )
 
 Batch = tuple[Tensor, Tensor]
+
+KEPT_FAN_IN = 1000
+"""``forward_mode_step`` keeps the outputs of layers with at least so many inputs for the tangent pass, see
+:class:`~adalfl_lite.tangents.LayerOutputs`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def forward_mode_step(
         autocast: dtype for the model's passes; the losses see float32 predictions.
         process_group: processes that hold equal shares of the batches, see :mod:`adalfl_lite.distributed`.
     """
-    training = _training_pass(model, batch, autocast)
+    training = _training_pass(model, batch, autocast, math.inf if finite_difference else KEPT_FAN_IN)
     arguments = (model, loss_network, optimizer, training, meta_batch, task_loss)
     options: dict[str, Any] = {"autocast": autocast, "group": process_group}
     return _step(*arguments, finite_difference=finite_difference, keep=False, **options)[0]
@@ -115,7 +122,7 @@ def shared_forward_step(
     So the result is the same in every case; only the time differs.
     """
     fits = kept is not None and kept.fits(model, batch)
-    training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, batch, autocast)
+    training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, batch, autocast, 0)
     arguments = (model, loss_network, optimizer, training, next_batch, task_loss)
     return _step(*arguments, finite_difference=False, keep=True, autocast=autocast, group=process_group)
 
@@ -134,6 +141,8 @@ class ForwardPass:
     """The random state before the pass."""
     new_random: RandomState
     """And after it."""
+    outputs: LayerOutputs = field(repr=False)
+    """What its layers gave, as far as it was kept."""
     versions: list[Any]
 
     def fits(self, model: nn.Module, batch: Batch) -> bool:
@@ -172,7 +181,7 @@ def _step(
     apply_gradients(optimizer, parameters, gradients)
     del gradients
 
-    meta = _meta_pass(model, meta_batch, autocast)
+    meta = _meta_pass(model, meta_batch, autocast, 0 if keep else math.inf)
     meta_loss = task_loss(meta.prediction, meta_batch[1])
     moved = [parameters[i] for i in reached]
     v = torch.autograd.grad(meta_loss, moved, retain_graph=keep, allow_unused=True, materialize_grads=True)
@@ -187,7 +196,7 @@ def _step(
     if finite_difference:
         tangent = finite_difference_tangent(model, state, tangents, inputs, autocast, prediction)
     else:
-        tangent = output_tangent(model, state, tangents, inputs, autocast)
+        tangent = output_tangent(model, state, tangents, inputs, autocast, training.outputs)
     training.new_random.restore()
 
     meta_gradient = derivative.gradient_along(torch.zeros_like(prediction) if tangent is None else tangent)
@@ -314,21 +323,24 @@ def check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tenso
         check_finite({"learned loss": learned_loss}, model)
 
 
-def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> ForwardPass:
+def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
     """f(x) as in plain training: buffers and random state move on."""
     random, buffers = RandomState(model), buffers_of(model)
     versions = [parameter._version for parameter in model.parameters()]
-    prediction = forward(model, {}, batch[0], autocast)
+    with LayerOutputs(fan_in) as outputs:
+        prediction = forward(model, {}, batch[0], autocast)
     if [parameter._version for parameter in model.parameters()] != versions:
         raise RuntimeError("the model changes its parameters in place in its forward pass; do that between the steps")
-    return ForwardPass(batch, prediction, buffers, {}, random, RandomState(model), [])
+    return ForwardPass(batch, prediction, buffers, {}, random, RandomState(model), outputs, [])
 
 
-def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> ForwardPass:
+def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
     """f(x) on copies of the buffers; the caller restores the random state."""
     random, buffers, new_buffers = RandomState(model), buffers_of(model), buffers_of(model)
-    prediction = forward(model, new_buffers, batch[0], autocast)
-    return ForwardPass(batch, prediction, buffers, new_buffers, random, RandomState(model), _versions(model, batch))
+    with LayerOutputs(fan_in) as outputs:
+        prediction = forward(model, new_buffers, batch[0], autocast)
+    states = (buffers, new_buffers, random, RandomState(model))
+    return ForwardPass(batch, prediction, *states, outputs, _versions(model, batch))
 
 
 def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalfl_lite.tangents import finite_difference_tangent, forward, output_tangent
+from adalfl_lite.tangents import LayerOutputs, finite_difference_tangent, forward, output_tangent
 
 
 def convnet(affine=True, running=True):
@@ -89,3 +90,77 @@ def test_an_autocast_around_it_does_not_keep_old_weights():
             model.weight.mul_(3)
         found = forward(model, {}, x, bfloat16)
     assert torch.equal(found, forward(model, {}, x, bfloat16)) and found.dtype == torch.float32
+
+
+class Twice(nn.Module):
+    """A layer that is used twice, one called by keywords, a frozen one, a frozen weight, and changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, groups=2, stride=2)
+        self.layer, self.frozen, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.first(x).relu_()
+        parameters = {"weight": self.grouped.weight, "bias": self.grouped.bias}
+        x = torch.tanh(nn.functional.conv2d(input=x, **parameters, stride=2, groups=2))
+        x = torch.tanh(self.layer(torch.tanh(self.layer(x.flatten(1)))))
+        return self.last(torch.tanh(self.frozen(x)))
+
+
+def convolutions(layer, *shape):
+    return nn.Sequential(
+        *(nn.Flatten(2), nn.Unflatten(2, shape), layer(2, 3, 2, padding=1), nn.Tanh()),
+        *(layer(3, 2, 2, bias=False), nn.Flatten(1)),
+    )
+
+
+KEPT = {**MODELS, "many ways": Twice, "1d": lambda: convolutions(nn.Conv1d, 36)}
+KEPT["3d"] = lambda: convolutions(nn.Conv3d, 3, 3, 4)
+
+
+class Products(TorchDispatchMode):
+    """Counts the products of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+        return func(*args, **(kwargs or {}))
+
+
+def both_ways(model, tangents, x, state, fan_in=0):
+    """u and its products, without and with what an earlier pass kept."""
+    with torch.no_grad(), LayerOutputs(fan_in) as outputs:
+        functional_call(model, {**state, **buffers(model)}, (x,))
+    with Products() as alone:
+        expected = output_tangent(model, {**state, **buffers(model)}, tangents, x, None)
+    with Products() as kept:
+        u = output_tangent(model, {**state, **buffers(model)}, tangents, x, None, outputs)
+    return expected, alone.count, u, kept.count
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_outputs_that_were_kept_are_not_computed_again(name):
+    model, tangents, x = make(KEPT[name])
+    state = {}
+    if name == "many ways":
+        for frozen in ("frozen.weight", "frozen.bias", "last.weight", "grouped.bias"):
+            state[frozen] = tangents.pop(frozen)[0]
+    expected, alone, u, kept = both_ways(model, tangents, x, state)
+    torch.testing.assert_close(u, expected, rtol=1e-12, atol=1e-12)
+    assert u.norm() > 1
+    expected = {"many ways": (18, 13), "on the inputs": (6, 4)}.get(name, (6, 3))  # a first layer needs Ẇx alone
+    assert (alone, kept) == expected  # not kept: what was changed in place, or has a tangent for its bias alone
+
+
+def test_only_outputs_with_many_inputs_are_kept():
+    model, tangents, x = make(convnet)  # a convolution of 18 inputs, a linear layer of 64
+    saved = {}
+    for fan_in in (18, 19, 64, 65):
+        expected, alone, u, kept = both_ways(model, tangents, x, {}, fan_in)
+        torch.testing.assert_close(u, expected, rtol=1e-12, atol=1e-12)
+        saved[fan_in] = alone - kept
+    assert saved == {18: 3, 19: 1, 64: 1, 65: 0}
