@@ -7,6 +7,7 @@ looks at shapes, types and devices alone, which costs a GPU nothing, and waits f
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -151,8 +152,10 @@ def check_finite(values: dict[str, Tensor], model: nn.Module | None = None, reme
         model: is searched for parameters that are not finite, to name where it began.
         remedy: beside a lower learning rate.
     """
+    if math.isfinite(sum(tensor.detach().sum() for tensor in values.values())):
+        return
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in values.values()])
-    if finite.all():
+    if finite.all():  # a sum can overflow
         return
     name = list(values)[int(finite.long().argmin())]
     scale = ", ".join(f"{name} {value.item():.3g}" for name, value in values.items() if not value.ndim)

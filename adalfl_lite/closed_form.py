@@ -12,8 +12,9 @@ respect to φ of Σ q ∂_p ℓ, which is what the meta-gradient asks for, comes
 
     ∂/∂W_k = t̄_kᵀ s_{k−1} + z̄_kᵀ a_{k−1},     ∂/∂b_k = Σ z̄_k,     from s̄_K = q and ā_K = 0.
 
-Autograd finds the same numbers by a double backward with about three times the work. The networks here are stacks of
-:class:`torch.nn.Linear` and activations of :mod:`adalfl_lite.losses`; ``(S, n, m)`` weights are S networks at once.
+Autograd finds the same numbers by a double backward with about three times the work; here a step passes through the
+network once. The networks are stacks of :class:`torch.nn.Linear` and activations of :mod:`adalfl_lite.losses`;
+``(S, n, m)`` weights are S networks at once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalfl_lite.losses import LossNetwork, SmoothLeakyReLU, output_pairs
+from adalfl_lite.losses import LossNetwork, SmoothLeakyReLU
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,6 @@ def derivatives(
         return mixed_gradient(tape, torch.cat([weights, -weights], -1) if loss_network.anchored else weights)
 
     return value.sum(-1) / count, to_logits(slope.view(output.shape)) / count, along
-
-
-@torch.no_grad()
-def mixed_derivative(loss_network: LossNetwork, prediction: Tensor, target: Tensor, tangent: Tensor) -> list[Tensor]:
-    """∇_φ ⟨∂M_φ/∂f (f, y), u⟩ for every parameter of the loss network.
-
-    Args:
-        loss_network: M_φ, as above.
-        prediction, target: f and y, as the loss network takes them.
-        tangent: u, of the shape of f.
-    """
-    dtype = next(loss_network.parameters()).dtype
-    pairs = output_pairs(loss_network.kind, prediction, target, dtype)
-    return derivatives(loss_network, None, *pairs)[2](tangent.to(dtype))
 
 
 Activated = tuple[Tensor, Tensor, Tensor | None, float]

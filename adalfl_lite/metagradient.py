@@ -38,9 +38,9 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_finite, check_scalar, check_trainable
-from adalfl_lite.closed_form import layers_of, mixed_derivative
+from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.distributed import average
-from adalfl_lite.losses import Loss, LossNetwork
+from adalfl_lite.losses import Loss, LossNetwork, output_pairs
 from adalfl_lite.tangents import LayerOutputs, finite_difference_tangent, forward, output_tangent
 from adalfl_lite.updates import (
     check_differentiable,
@@ -181,7 +181,7 @@ def _step(
     apply_gradients(optimizer, parameters, gradients)
     del gradients
 
-    meta = _meta_pass(model, meta_batch, autocast, 0 if keep else math.inf)
+    meta = _meta_pass(model, meta_batch, autocast, keep)
     meta_loss = task_loss(meta.prediction, meta_batch[1])
     moved = [parameters[i] for i in reached]
     v = torch.autograd.grad(meta_loss, moved, retain_graph=keep, allow_unused=True, materialize_grads=True)
@@ -208,23 +208,31 @@ class _OutputDerivative:
     """∂M_φ/∂f of a batch, and equation (3): in closed form where that is known, else by double backward."""
 
     def __init__(self, loss_network: nn.Module, prediction: Tensor, target: Tensor):
-        self.network, self.prediction, self.target = loss_network, prediction, target
-        self.closed = type(loss_network) is LossNetwork and layers_of(loss_network.network) is not None
-        output = prediction.detach().requires_grad_(True)
-        loss = loss_network(output, target)
-        check_scalar(loss)
-        (self.graph,) = torch.autograd.grad(loss, output, create_graph=not self.closed)
-        self.loss, self.value = loss.detach(), self.graph.detach()
+        self.network = loss_network
+        self.along: Along | None = None
+        if type(loss_network) is LossNetwork and layers_of(loss_network.network) is not None:
+            self.dtype = next(loss_network.parameters()).dtype
+            pairs = output_pairs(loss_network.kind, prediction, target, self.dtype)
+            with torch.no_grad():
+                self.loss, value, self.along = derivatives(loss_network, None, *pairs)
+            self.value = value.view_as(prediction).to(prediction.dtype)
+        else:
+            output = prediction.detach().requires_grad_(True)
+            loss = loss_network(output, target)
+            check_scalar(loss)
+            (self.graph,) = torch.autograd.grad(loss, output, create_graph=True)
+            self.loss, self.value, self.dtype = loss.detach(), self.graph.detach(), self.graph.dtype
 
     def gradient_along(self, tangent: Tensor) -> list[Tensor]:
         """∇_φ ⟨∂M_φ/∂f, u⟩, one tensor per parameter that requires a gradient."""
-        parameters = list(self.network.parameters())
-        if self.closed and isinstance(self.network, LossNetwork):
-            found = mixed_derivative(self.network, self.prediction, self.target, tangent)
+        parameters, tangent = list(self.network.parameters()), tangent.to(self.dtype)
+        if self.along is not None:
+            with torch.no_grad():
+                found = self.along(tangent)
             return [gradient for p, gradient in zip(parameters, found, strict=True) if p.requires_grad]
         phi = [p for p in parameters if p.requires_grad]
         options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-        return list(torch.autograd.grad(self.graph, phi, tangent.to(self.graph.dtype), **options))
+        return list(torch.autograd.grad(self.graph, phi, tangent, **options))
 
 
 def unrolled_step(
@@ -325,22 +333,22 @@ def check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tenso
 
 def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
     """f(x) as in plain training: buffers and random state move on."""
-    random, buffers = RandomState(model), buffers_of(model)
-    versions = [parameter._version for parameter in model.parameters()]
+    random, buffers, parameters = RandomState(model), buffers_of(model), list(model.parameters())
+    versions = [parameter._version for parameter in parameters]
     with LayerOutputs(fan_in) as outputs:
         prediction = forward(model, {}, batch[0], autocast)
-    if [parameter._version for parameter in model.parameters()] != versions:
+    if [parameter._version for parameter in parameters] != versions:
         raise RuntimeError("the model changes its parameters in place in its forward pass; do that between the steps")
     return ForwardPass(batch, prediction, buffers, {}, random, RandomState(model), outputs, [])
 
 
-def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
+def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, keep: bool) -> ForwardPass:
     """f(x) on copies of the buffers; the caller restores the random state."""
     random, buffers, new_buffers = RandomState(model), buffers_of(model), buffers_of(model)
-    with LayerOutputs(fan_in) as outputs:
+    with LayerOutputs(0 if keep else math.inf) as outputs:
         prediction = forward(model, new_buffers, batch[0], autocast)
     states = (buffers, new_buffers, random, RandomState(model))
-    return ForwardPass(batch, prediction, *states, outputs, _versions(model, batch))
+    return ForwardPass(batch, prediction, *states, outputs, _versions(model, batch) if keep else [])
 
 
 def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
@@ -369,7 +377,8 @@ class RandomState:
     """The random state of the CPU and of the model's GPU, to come back to."""
 
     def __init__(self, model: nn.Module):
-        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        parameters = model.parameters() if torch.cuda.is_initialized() else ()  # else none is on a GPU
+        devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
         self.cpu = torch.get_rng_state()
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
