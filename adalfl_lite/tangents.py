@@ -129,7 +129,7 @@ def finite_difference_tangent(
 
 
 class _Rules(TorchFunctionMode):
-    """Cheaper tangents than those that torch derives, of layers whose outputs were kept and of F.batch_norm."""
+    """Cheaper tangents than those that torch derives, of linear and convolution layers and of F.batch_norm."""
 
     def __init__(self, outputs: LayerOutputs) -> None:
         super().__init__()
@@ -140,29 +140,30 @@ class _Rules(TorchFunctionMode):
     ) -> Any:
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
-        if func in LAYERS and (output := self.outputs.take()) is not None:
-            return _layer(func, output, *args, **(kwargs or {}))
+        if func in LAYERS:
+            return _layer(func, self.outputs.take(), *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _layer(
     func: Callable[..., Tensor],
-    output: Tensor,
+    output: Tensor | None,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *rest: Any,
     **options: Any,
 ) -> Tensor:
-    """``output`` = Wx + b with the tangent Wẋ + Ẇx + ḃ."""
+    """z = Wx + b, if it is not given as ``output``, with the tangent Wẋ + Ẇx + ḃ; torch also multiplies zeros."""
     x, x_tangent = forward_ad.unpack_dual(input)
     w, w_tangent = forward_ad.unpack_dual(weight)
-    b_tangent = None if bias is None else forward_ad.unpack_dual(bias).tangent
+    b, b_tangent = (None, None) if bias is None else forward_ad.unpack_dual(bias)
     if w_tangent is None and b_tangent is not None:
         return func(input, weight, bias, *rest, **options)
+    z = func(x, w, b, *rest, **options) if output is None else output
     terms = [] if w_tangent is None else [func(x, w_tangent, b_tangent, *rest, **options)]
     terms += [] if x_tangent is None else [func(x_tangent, w, None, *rest, **options)]
-    return forward_ad.make_dual(output, sum(terms[1:], terms[0])) if terms else output
+    return forward_ad.make_dual(z, sum(terms[1:], terms[0])) if terms else z
 
 
 def _batch_norm(
