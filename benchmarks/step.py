@@ -49,7 +49,7 @@ INPUTS = {
     "resnet18": (3, 32, 32),
     "wrn16_8": (3, 32, 32),
 }
-ROUNDS = {"mlp64": 100, "lenet5": 40, "allcnn_c": 5, "resnet18": 3, "wrn16_8": 3}
+ROUNDS = {"mlp64": 100, "lenet5": 40, "allcnn_c": 12, "resnet18": 3, "wrn16_8": 3}
 OUTPUTS = 10
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 
