@@ -21,11 +21,12 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
     "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "maximize": lambda p: torch.optim.SGD(p, lr=0.01, maximize=True),
+    # a bias before BatchNorm has a gradient of nothing but rounding, which a small eps would make a step of
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3),
     "AMSGrad": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, amsgrad=True, weight_decay=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, eps=1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-3),
 }
 
 
