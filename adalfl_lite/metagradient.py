@@ -9,9 +9,9 @@ output, g = ∂M_φ/∂f, and v = ∇_θ' L_T one ordinary backward pass on the 
 
 It follows from ∇_θ M_φ = J_fᵀ g: differentiating θ' along φ gives (∂U/∂g) J_fᵀ ∂g/∂φ, and the products are taken from
 the left. Row b of u says how example b's output would move along the (negative) meta-direction: which examples shape
-the loss. Cost: two forward-backward passes and a tangent pass, less than three plain steps, at about plain training's
-memory: in the tangent pass layers with a large fan-in need not compute their outputs again, for these are kept. Two
-options save more:
+the loss. Cost: two forward-backward passes and a tangent pass, which for a large model are between 8/3 and 3 plain
+steps. The outputs of layers with a large fan-in are kept for the tangent pass, which need not compute them again; they
+are what is needed beyond plain training's memory. Two options save more time:
 
 - ``finite_difference=True`` replaces (2) by one more forward pass, and is approximate;
 - ``shared_forward_step`` takes the *next training batch* as its meta batch. The forward pass that gives v is then the

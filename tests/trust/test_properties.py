@@ -21,13 +21,16 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
     "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "maximize": lambda p: torch.optim.SGD(p, lr=0.01, maximize=True),
-    # a bias before BatchNorm has a gradient of nothing but rounding, which a small eps would make a step of
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3),
     "AMSGrad": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, amsgrad=True, weight_decay=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, eps=1e-3),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-3),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
 }
+
+
+class ByAutograd(LossNetwork):
+    """A loss network whose derivatives are not taken in closed form."""
 
 
 class Tied(nn.Module):
@@ -80,6 +83,8 @@ def flat(tensors):
 def test_forward_mode_is_double_backward(problem, name, counts):
     """Over three steps, so that moments are met empty and filled; θ is equal all the time."""
     model, network, batches = problem
+    if name in ("RMSprop", "Adagrad"):  # they make a step of the rounding of a zero gradient, a bias's before BatchNorm
+        network.__class__ = ByAutograd
     twin, twin_network = copy.deepcopy(model), copy.deepcopy(network)
     onlines = [
         OnlineLoss(m, n, OPTIMIZERS[name](m.parameters()), engine=engine, meta_learning_rate=1e-3)
@@ -102,7 +107,7 @@ def test_forward_mode_is_double_backward(problem, name, counts):
 def test_with_the_loss_frozen_it_is_torchs_own_training(problem, name, single, counts):
     """Bit for bit, in float32 and float64, where torch differentiates the loss; in closed form it is up to rounding."""
     model, network, batches = problem
-    network.__class__ = type("ByAutograd", (LossNetwork,), {})
+    network.__class__ = ByAutograd
     dtype = torch.float32 if single else torch.float64
     model, network = model.to(dtype), network.to(dtype)
     batches = [(x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in batches]
