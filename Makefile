@@ -31,8 +31,9 @@ chapter: $(READY)  ## run one chapter alone, into a notebook beside it: make cha
 	$(BIN)/jupytext --quiet --to notebook book/$(NAME).md
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter-execute --inplace book/$(NAME).ipynb
 
-test: $(READY)  ## run all tests, the slow ones last
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: export OMP_NUM_THREADS ?= 1
+test: $(READY)  ## run all tests, in up to four processes
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 trust: $(READY)  ## what can go wrong, tried: bad input, kills, damaged files, properties, mutants; prints the counts
 	$(BIN)/python -m pytest tests/trust $(PYTEST_ARGS)

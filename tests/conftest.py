@@ -1,4 +1,4 @@
-"""What all tests share: the order, what must run in one process, and the count of what the tests of trust tried."""
+"""What all tests share: the order, fast ones first, and the count of what the tests of trust tried."""
 
 from collections import Counter
 
@@ -9,20 +9,9 @@ matplotlib.use("Agg")
 COUNTS = pytest.StashKey[Counter]()
 
 
-def is_slow(item: pytest.Item) -> bool:
-    """Whether it has the mark."""
-    return item.get_closest_marker("slow") is not None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slow tests last, and the order within both groups as collected.
-
-    With several processes (``pytest -n``) the fast tests of a file stay together, and so do its slow ones: they share
-    fixtures.
-    """
-    items.sort(key=is_slow)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}{' slow' * is_slow(item)}"))
+    """Run the slow tests last, and the order within both groups as collected."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
