@@ -46,6 +46,7 @@ def results_table() -> str:
     summary = summarise(final[final.method.isin(SHOWN)])
     cells = summary.assign(cell=[f"{r.mean:.4f} [{r.low:.4f}, {r.high:.4f}]" for r in summary.itertuples()])
     table = cells.pivot(index="task", columns="method", values="cell").loc[summary.task.unique(), SHOWN]
+    table.insert(0, "seeds", final.groupby("task").seed.nunique().astype(str))
     return markdown(["task", *table.columns], table.itertuples(name=None))
 
 

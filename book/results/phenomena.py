@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 FORMAT = "adalfl-phenomena-1"
 META_LEARNING_RATE = 1e-4
 BATCH_EVERY = 5
-RATES = (0.3, 3.0, 10.0, 30.0)
+RATES = (0.03, 0.1, 0.3, 3.0, 10.0, 30.0, 100.0)
 
 Schedule = Callable[[int], float]
 LossAt = Callable[[int], Loss]
@@ -90,7 +90,7 @@ SETTINGS = {
         seeds=3,
         wrong_labels=0.2,
         only=(
-            *("handcrafted", "rate x0.3", "rate x3", "rate x10", "rate x30", "constant", "schedule", "frozen at 0"),
+            *("handcrafted", *(f"rate x{factor:g}" for factor in RATES), "constant", "schedule", "frozen at 0"),
             *("from 0.5 plain", "from 0.5 scaled", "smoothing", "constant smoothing"),
             *("smoothing without scale", "scale without smoothing"),
         ),
@@ -103,7 +103,10 @@ SETTINGS = {
         rehearsal_steps=200,
         probe=500,
         records=5,
-        only=("handcrafted", "rate x3", "schedule", "smoothing", "scale without smoothing"),
+        only=(
+            *("handcrafted", "rate x0.3", "rate x3", "rate x10"),
+            *("schedule", "smoothing", "scale without smoothing"),
+        ),
     ),
     "noisy-mnist": Setting(
         get_task("mnist-lenet5").with_(steps=1000, learning_rate=0.1),
@@ -113,7 +116,10 @@ SETTINGS = {
         initialisation_steps=300,
         rehearsals=3,
         rehearsal_steps=600,
-        only=("handcrafted", "rate x0.3", "rate x3", "schedule", "from 0.5 plain", "from 0.5 scaled"),
+        only=(
+            *("handcrafted", "rate x0.03", "rate x0.1", "rate x0.3", "rate x3"),
+            *("schedule", "from 0.5 plain", "from 0.5 scaled"),
+        ),
     ),
 }
 

@@ -74,12 +74,13 @@ def check_cell(cell: str, errors: pd.Series) -> None:
 
 def test_the_readme_prints_the_results(final):
     text = (ROOT / "README.md").read_text().split("<!-- results -->")[1].split("<!-- /results -->")[0]
-    (_, *methods), _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    (_, _, *methods), _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
     errors = final.groupby(["task", "method"]).test_error
     assert {line[0] for line in lines} == set(final.task) and {"handcrafted-tuned", "online"} <= set(methods)
-    for task, *found in lines:
+    for task, seeds, *found in lines:
         for method, cell in zip(methods, found, strict=True):
             check_cell(cell, errors.get_group((task, method)))
+            assert int(seeds) == len(errors.get_group((task, method)))
 
 
 def test_the_readme_prints_the_measured_speed():
