@@ -74,7 +74,8 @@ def check_cell(cell: str, errors: pd.Series) -> None:
 
 def test_the_readme_prints_the_results(final):
     text = (ROOT / "README.md").read_text().split("<!-- results -->")[1].split("<!-- /results -->")[0]
-    (_, _, *methods), _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    (_, _, *methods), _, *lines = rows
     errors = final.groupby(["task", "method"]).test_error
     assert {line[0] for line in lines} == set(final.task) and {"handcrafted-tuned", "online"} <= set(methods)
     for task, seeds, *found in lines:
