@@ -1,8 +1,8 @@
 """Measure how hard the learned loss pushes on California Housing: python book/results/implied_scale.py [--root DATA]
 
-For every seed the model is trained with online AdaLFL, as in comparison.py, and its loss compared with the squared error
-twenty times along the way: ∇M = c ∇L + r on training rows. Then the squared error is trained under the schedule c
-(the method "rate-replay"). One row for each moment, in implied_scale.parquet beside this file.
+For every seed the model is trained with online AdaLFL, as in comparison.py, and twenty times along the way the gradient
+of its loss is compared with that of the squared error on training rows, ∇M = c ∇L + r. One row for each moment, in
+implied_scale.parquet beside this file.
 """
 
 import argparse
@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
-from adalfl_lite.methods import prepare, train
+from adalfl_lite.methods import train
 from adalfl_lite.tasks import get_task
 from adalfl_lite.together import prepare_together
+from analysis.effective_lr import effective_learning_rate
+
+ROWS = 2000
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,14 +30,15 @@ if __name__ == "__main__":
     task, seeds = get_task("california"), range(options.seeds)
     data = [task.load(seed=seed, root=options.root) for seed in seeds]
     shared: dict[int, dict] = {seed: {} for seed in seeds}
-    prepare_together(task, data, "online", seeds, device="cpu", shared=shared)
-    parts = []
-    for seed in seeds:
-        replayed = prepare(task, data[seed], "rate-replay", seed, shared=shared[seed])
-        history = train(replayed, "rate-replay", seed)
-        steps, scale = replayed.schedule or ([], [])
-        rows = pd.DataFrame({"step": steps, "scale": scale}).merge(history[["step", "valid_error", "test_error"]])
-        parts.append(rows.assign(task=task.name, seed=seed, **provenance()))
-        print(parts[-1].tail(1).to_string(index=False, header=False), flush=True)
+    rows: list[dict] = []
+    for seed, prepared in enumerate(prepare_together(task, data, "online", seeds, device="cpu", shared=shared)):
+        batch = data[seed].train[:ROWS]
+
+        def record(step, model, loss, seed=seed, batch=batch):
+            found = effective_learning_rate(model, loss, F.mse_loss, batch)
+            rows.append({"task": task.name, "seed": seed, "step": step, **vars(found)})
+
+        error = train(prepared, "online", seed, callback=record).test_error.iloc[-1]
+        print(seed, f"{rows[-1]['scale']:.4f} {error:.4f}", flush=True)
     with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
-        pd.concat(parts, ignore_index=True).to_parquet(temporary, index=False)
+        pd.DataFrame(rows).assign(**provenance()).to_parquet(temporary, index=False)
