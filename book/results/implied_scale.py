@@ -35,6 +35,7 @@ if __name__ == "__main__":
         batch = data[seed].train[:ROWS]
 
         def record(step, model, loss, seed=seed, batch=batch):
+            """Compare the two gradients."""
             found = effective_learning_rate(model, loss, F.mse_loss, batch)
             rows.append({"task": task.name, "seed": seed, "step": step, **vars(found)})
 
