@@ -47,6 +47,8 @@ INITIALISATION_SEED = 10_000
 INITIALISATION_STEPS = 2500
 MAX_REHEARSAL_STEPS = 1000
 ONLINE_META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
+FULL_RATE_STEPS = 3000
+"""Over longer trainings than this, online adapts its loss more slowly, see :func:`online_meta_learning_rate`."""
 SEARCH_STEPS = 200
 """taylorglo and evomal score a loss by a training of this many steps, or of the task's own where that is shorter."""
 SEARCH_BUDGET: dict[str, dict[str, int]] = {"taylorglo": {}, "evomal": {}}
@@ -238,7 +240,7 @@ def train(
         batch_size=task.batch_size,
         online=how.online,
         learn="learning_rate" if how.learned_rate else "loss",
-        meta_learning_rate=None if how.learned_rate else ONLINE_META_LEARNING_RATE[data.kind],
+        meta_learning_rate=None if how.learned_rate else online_meta_learning_rate(task),
         meta_batches=how.meta_batches,
         scheduler=scheduler,
         augment=task.augmentation,
@@ -247,6 +249,15 @@ def train(
         checkpoint=checkpoint,
         progress=progress,
     )
+
+
+def online_meta_learning_rate(task: Task) -> float:
+    """η of Algorithm 2: the kind's, and in a long training less, by as much as the training is longer.
+
+    Adam moves a weight of φ by about η a step, so η times the steps bounds how far online adaptation can take the loss
+    from the one that was rehearsed. Each step of it looks one step ahead, and so prefers a loss that takes small steps.
+    """
+    return ONLINE_META_LEARNING_RATE[task.kind] * min(1.0, FULL_RATE_STEPS / task.steps)
 
 
 def fresh(task: Task, data: Dataset, seed: int, device: str = "cpu") -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -11,12 +11,12 @@ from adalfl_lite.data import Dataset
 from adalfl_lite.ensemble import fit_seeds, initialise_seeds
 from adalfl_lite.methods import (
     INITIALISATION_SEED,
-    ONLINE_META_LEARNING_RATE,
     Prepared,
     fresh,
     get_method,
     initialisation_options,
     loss_network,
+    online_meta_learning_rate,
     prepare,
     streams,
 )
@@ -64,8 +64,18 @@ def prepare_together(
     ]
 
 
-def train_together(prepared: Sequence[Prepared], method: str, seeds: Sequence[int], *, device: str) -> pd.DataFrame:
-    """What :func:`~adalfl_lite.methods.train` does, for every seed; the histories below each other."""
+def train_together(
+    prepared: Sequence[Prepared],
+    method: str,
+    seeds: Sequence[int],
+    *,
+    device: str,
+    meta_learning_rate: float | None = None,
+) -> pd.DataFrame:
+    """What :func:`~adalfl_lite.methods.train` does, for every seed; the histories below each other.
+
+    ``meta_learning_rate`` is that of online adaptation, if not the default.
+    """
     how, task = get_method(method), prepared[0].task
     history = fit_seeds(
         [fresh(task, one.data, seed, device)[0] for one, seed in zip(prepared, seeds, strict=True)],
@@ -76,7 +86,7 @@ def train_together(prepared: Sequence[Prepared], method: str, seeds: Sequence[in
         steps=task.steps,
         batch_size=task.batch_size,
         online=how.online,
-        meta_learning_rate=ONLINE_META_LEARNING_RATE[prepared[0].data.kind],
+        meta_learning_rate=online_meta_learning_rate(task) if meta_learning_rate is None else meta_learning_rate,
         meta_batches=how.meta_batches,
         progress=False,
     )

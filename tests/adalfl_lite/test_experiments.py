@@ -13,7 +13,7 @@ import torch
 
 from adalfl_lite import experiments, methods, tasks
 from adalfl_lite.experiments import compare, final_errors, provenance, run
-from adalfl_lite.methods import METHODS, TUNING_FACTORS
+from adalfl_lite.methods import METHODS, TUNING_FACTORS, online_meta_learning_rate
 from adalfl_lite.tasks import Task, get_task
 from adalfl_lite.together import runs_together
 from adalfl_lite.training import evaluate, fit
@@ -355,6 +355,20 @@ def test_seeds_together_give_what_they_give_one_by_one(results, together):
         assert found.initialisation_chosen_step.equals(alone.initialisation_chosen_step)
         for column in ("step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "learning_rate"):
             np.testing.assert_allclose(found[column], alone[column], rtol=1e-3, atol=1e-3, err_msg=f"{method} {column}")
+
+
+def test_a_long_training_adapts_its_loss_more_slowly(monkeypatch):
+    assert online_meta_learning_rate(get_task("digits")) == 1e-4
+    california = get_task("california")
+    for steps in (methods.FULL_RATE_STEPS, california.steps, 10 * california.steps):
+        assert online_meta_learning_rate(california.with_(steps=steps)) * steps == pytest.approx(3)
+    usual = compared([IRIS], ["online"], [0, 1])
+    monkeypatch.setattr(methods, "FULL_RATE_STEPS", 1e-9)  # so slowly that the loss stays what it was
+    online, offline = (rows(compared([IRIS], [method], [0, 1]), method) for method in ("online", "offline"))
+    assert online.test_loss.to_numpy() == pytest.approx(offline.test_loss.to_numpy(), abs=1e-6)
+    assert rows(usual, "online").test_loss.to_numpy() != pytest.approx(offline.test_loss.to_numpy(), abs=1e-6)
+    together = rows(compared([IRIS], ["online"], [0, 1], together=True), "online")
+    assert together.test_loss.to_numpy() == pytest.approx(offline.test_loss.to_numpy(), abs=1e-3)
 
 
 def test_seeds_together_share_the_seconds_and_the_initialisation(together):
