@@ -1,7 +1,7 @@
 """Compare meta learning rates of online AdaLFL on the regressions: python book/results/meta_rate.py [--tasks diabetes]
 
 All seeds of a task are one program, from the same initialised losses for every rate; nothing else changes. One row for
-each run, at its end, in meta_rate.parquet beside this file. It takes three quarters of an hour on one core.
+each run, at its end, in meta_rate.parquet beside this file. It takes an hour on one core.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from adalfl_lite.tasks import get_task
 from adalfl_lite.together import prepare_together, train_together
 
 TASKS = ("diabetes", "communities", "california")
-RATES = (1e-3, 3e-4, 1e-4, 3e-5)
+RATES = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

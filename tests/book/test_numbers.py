@@ -12,6 +12,9 @@ import pytest
 from bs4 import BeautifulSoup
 from scipy.stats import bootstrap
 
+from adalfl_lite.methods import online_meta_learning_rate
+from adalfl_lite.tasks import get_task
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "book" / "results"
 BUILT = ROOT / "book" / "_build"
@@ -129,6 +132,17 @@ def test_every_mean_has_its_seeds(final):
     for task, of_task in seeds.groupby("task"):
         assert of_task.nunique() == 1, task
         assert len(of_task.iloc[0]) >= (3 if task == "mnist-lenet5" else 10)
+
+
+def test_the_meta_learning_rate_is_chosen_on_validation_data(final):
+    stored = json.loads((RESULTS / "comparison.json").read_text())
+    online = final[final.method == "online"].set_index(["task", "seed"]).test_error
+    for task, runs in pd.read_parquet(RESULTS / "meta_rate.parquet").groupby("task"):
+        assert runs.groupby("meta_learning_rate").seed.nunique().eq(10).all()
+        best = [of_seed.test_error[of_seed.valid_error.idxmin()] for _, of_seed in runs.groupby("seed")]
+        assert stored[f"chosen_{task}"] == pytest.approx(np.mean(best))
+        usual = runs[runs.meta_learning_rate == online_meta_learning_rate(get_task(task))].set_index("seed").test_error
+        assert usual.to_numpy() == pytest.approx(online[task][usual.index].to_numpy(), abs=1e-4)
 
 
 def test_results_say_where_they_come_from(final):
