@@ -229,13 +229,13 @@ def read_results(path: str | os.PathLike) -> pd.DataFrame:
         frame = pd.read_parquet(path, engine="pyarrow", page_checksum_verification=True)
     except Exception as error:  # pyarrow raises many types
         raise ValueError(
-            f"{path} cannot be read as results, it is damaged or foreign; delete it, or give a file that train or"
-            " compare wrote"
+            f"{path} cannot be read as results, it is foreign or damaged; give a file that train or compare wrote, or"
+            " delete a damaged one"
         ) from error
     if missing := {"task", "method", "seed", "step", "test_error"} - set(frame.columns):
         raise ValueError(
-            f"{path} lacks the columns {', '.join(sorted(missing))}; delete it, or give a file that train or compare"
-            " wrote"
+            f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that train or compare wrote, or delete"
+            " a damaged one"
         )
     return frame
 

@@ -78,7 +78,9 @@ def load_payload(path: str | os.PathLike, format: str) -> dict:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         payload = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many types for damaged and foreign files
-        raise ValueError(f"{path} cannot be read as a {format} file: it is damaged or foreign; delete it") from error
+        raise ValueError(
+            f"{path} cannot be read as a {format} file, it is foreign or damaged; give another, or delete a damaged one"
+        ) from error
     found = payload.get("format") if isinstance(payload, dict) else None
     if found != format:
         raise ValueError(f"{path} holds format {found!r}, expected {format!r}; write it again with this version")

@@ -122,8 +122,11 @@ def initialise(
     )
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    for name, factory in (("make_model", make_model), ("make_optimizer", make_optimizer)):
+        if isinstance(factory, nn.Module | torch.optim.Optimizer) or not callable(factory):
+            raise TypeError(f"{name} must be a function that builds one, got {type(factory).__name__}; use lambda: ...")
     task_loss = task_loss or default_task_loss(loss_network)
-    train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
+    train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:
         held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
         validate = validator(held, task_loss, task_error(loss_network.kind))
@@ -287,6 +290,17 @@ def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]
             yield batch
         if empty:
             raise ValueError(f"the {name} batches are empty or used up; pass a loader that can be iterated again")
+
+
+def pairs(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """The same, of (inputs, targets) alone; ``TypeError`` with a remedy at anything else."""
+    for batch in endless(batches, name):
+        if not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise TypeError(
+                f"the {name} batches must be a loader of pairs (inputs, targets), but give {type(batch).__name__};"
+                " of two tensors, DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True) makes one"
+            )
+        yield batch
 
 
 def rehearsal_moments(last: int, count: int) -> list[int]:

@@ -31,8 +31,8 @@ from adalfl_lite.initialisation import (
     MakeModel,
     MakeOptimizer,
     Validate,
-    endless,
     meta_learn,
+    pairs,
     rehearsal,
     validator,
 )
@@ -240,7 +240,7 @@ def initialise_learning_rate(
     """
     check_counts(steps=steps, rollout_steps=rollout_steps, rehearsals=(rehearsals, 0), rehearsal_steps=rehearsal_steps)
     loss = task_loss(kind)
-    train_batches, meta_batches = endless(train, "train"), endless(valid, "valid")
+    train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:
         held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
         validate = validator(held, loss, task_error(kind))

@@ -215,6 +215,11 @@ def _check_model(model: nn.Module, engine: str, autocast: torch.dtype | None) ->
 
 
 def _check_loss_network(loss_network: nn.Module, model: nn.Module, meta_optimizer: Optimizer | None) -> None:
+    if not isinstance(loss_network, nn.Module):
+        raise TypeError(
+            f"the loss network must be a torch.nn.Module, got {type(loss_network).__name__};"
+            " LossNetwork.classification() and LossNetwork.regression() make one"
+        )
     phi = {id(parameter) for parameter in loss_network.parameters() if parameter.requires_grad}
     if not phi:
         raise ValueError(

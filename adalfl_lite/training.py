@@ -116,6 +116,8 @@ def fit(
             last checkpoint is kept.
     """
     check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
+    if not isinstance(data, Dataset):
+        raise TypeError(f"data must be a Dataset, got {type(data).__name__}; load_dataset and Dataset(...) give one")
     if on_divergence not in POLICIES:
         raise ValueError(f"on_divergence must be one of {', '.join(POLICIES)}; got {on_divergence!r}")
     if meta_batches not in ("valid", "train", "next"):
@@ -279,6 +281,8 @@ def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) 
         ValueError: the split is empty, or the model's outputs do not fit its targets.
     """
     check_counts(batch_size=batch_size)
+    if not isinstance(split, Split):
+        raise TypeError(f"split must be a Split, such as data.test, got {type(split).__name__}")
     if not len(split):
         raise ValueError("the split is empty; there is nothing to evaluate on")
     training = model.training

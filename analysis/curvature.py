@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,6 +36,7 @@ from matplotlib.axes import Axes
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.inputs import Batch, Loss, as_batches, evaluation_copy
 from analysis.plotting import PALETTE
@@ -356,7 +358,7 @@ def _operator(
     The one place that knows how curvlinops 3 wants a model: a module, and its parameters as a list.
     """
     _check_choice("matrix", matrix, MATRICES)
-    with _prepared(model, loss, data, batchnorm) as (net, parameters, batches):
+    with _plain_kernels(model), _prepared(model, loss, data, batchnorm) as (net, parameters, batches):
         operator = (_Hessian if matrix == "hessian" else GGNLinearOperator)(
             net,
             _Mean(loss),
@@ -371,6 +373,24 @@ def _operator(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", *TORCHSCRIPT)
             yield operator, parameters
+
+
+@contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Without the fused kernels for attention and recurrence, which lack second derivatives or forward mode."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
+    enabled, fast = [library.enabled for library in libraries], torch.backends.mha.get_fastpath_enabled()
+    try:
+        for library in libraries:
+            library.enabled = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for library, value in zip(libraries, enabled, strict=True):
+            library.enabled = value
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -14,8 +14,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+PROGRAM, DIAGNOSTICS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_program_runs_as_printed(monkeypatch):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program = PROGRAM
     short = partial(adalfl_lite.initialise, steps=20, imitation_steps=20, rehearsals=1, rehearsal_steps=10)
     monkeypatch.setattr(adalfl_lite, "initialise", short)
     before = program.count("range(1000)")
@@ -26,9 +29,16 @@ def test_the_program_runs_as_printed(monkeypatch):
     assert torch.isfinite(names["log"].task_loss)
 
 
+def test_the_diagnostics_run_as_printed(capsys):
+    torch.manual_seed(0)
+    exec(DIAGNOSTICS, {})
+    printed = capsys.readouterr().out
+    assert len(printed) < 1000 and "scale=" in printed
+    assert abs(float(re.search(r"epsilon=([\d.]+)", printed).group(1)) - 0.1) < 1e-3
+
+
 def test_the_method_is_five_lines():
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    last = program.strip().splitlines()[-5:]
+    last = PROGRAM.strip().splitlines()[-5:]
     assert last[0].startswith("initialise(") and "online.step" in last[-1]
 
 

@@ -336,7 +336,7 @@ def test_tables_that_plot_cannot_read_are_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("step,error")
     assert "arquet" in fails("plot", tmp_path / "text.parquet")
     pd.DataFrame({"task": ["iris"], "step": [1]}).to_parquet(tmp_path / "other.parquet")
-    assert "lacks the columns method, seed, test_error; delete it, or give" in fails("plot", tmp_path / "other.parquet")
+    assert "lacks the columns method, seed, test_error; give a file" in fails("plot", tmp_path / "other.parquet")
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(comparison, tmp_path):

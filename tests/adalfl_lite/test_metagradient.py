@@ -147,7 +147,11 @@ def test_several_inner_steps_against_finite_differences():
     batches, meta = [batch() for _ in range(4)], batch()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     start = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        prediction = copy.deepcopy(model)(batches[0][0])
     result = unrolled_step(model, network, optimizer, batches, meta, task_loss("classification"))
+    assert torch.allclose(result.prediction, prediction)
+    assert torch.allclose(result.learned_loss, network(prediction, batches[0][1]).detach())
     direction = [torch.randn_like(p) for p in network.parameters()]
 
     def after(shift):

@@ -1,6 +1,7 @@
 """Curvature against dense matrices from torch.func, in float64."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -358,3 +359,51 @@ def test_a_figure():
     assert ax.get_yscale() == "log"
     np.testing.assert_array_equal(ax.get_lines()[0].get_xdata(), axis)
     plt.close(figure)
+
+
+class Pooled(nn.Module):
+    """A sequence model, and a linear map of the mean of its outputs."""
+
+    def __init__(self, sequence, width):
+        super().__init__()
+        self.sequence, self.out = sequence, nn.Linear(width, 2)
+
+    def forward(self, x):
+        states = self.sequence(x)
+        return self.out((states[0] if isinstance(states, tuple) else states).mean(1))
+
+
+@MATRIX
+@pytest.mark.parametrize("kind", ["attention", "recurrence"])
+def test_attention_and_recurrence_have_a_curvature(kind, matrix):
+    torch.manual_seed(0)
+    attention = partial(nn.TransformerEncoderLayer, 2, 1, 3, batch_first=True)
+    model = Pooled(*((attention(), 2) if kind == "attention" else (nn.LSTM(2, 3, batch_first=True), 3)))
+    batch = torch.randn(6, 3, 2), torch.randint(2, (6,))
+    found = top_eigenpairs(model, F.cross_entropy, batch, 2, matrix=matrix, tolerance=1e-6)
+    names = list(dict(model.named_parameters()))
+    vectors = torch.stack([torch.cat([v[n].flatten() for n in names]) for v in found.vectors]).double()
+    model.double().eval()
+    flat, sizes = parameters_to_vector(model.parameters()), [p.shape for p in model.parameters()]
+
+    def prediction(vector):
+        parts = vector.split([size.numel() for size in sizes])
+        parameters = {n: p.view(s) for n, p, s in zip(names, parts, sizes, strict=True)}
+        return functional_call(model, parameters, batch[0].double())
+
+    def gradient(vector):
+        value = F.cross_entropy(prediction(vector), batch[1])
+        return torch.autograd.grad(value, vector, create_graph=True)[0]
+
+    def product(v, size=1e-5):  # by central differences
+        if matrix == "hessian":
+            return (gradient(flat + size * v) - gradient(flat - size * v)).detach() / (2 * size)
+        change = ((prediction(flat + size * v) - prediction(flat - size * v)) / (2 * size)).detach()
+        p = prediction(flat).softmax(1).detach()
+        weighted = p * change - p * (p * change).sum(1, keepdim=True)
+        return torch.autograd.grad((prediction(flat) * weighted).sum() / len(p), flat)[0]
+
+    flat = flat.detach().requires_grad_()
+    for value, vector in zip(found.values, vectors, strict=True):
+        assert (product(vector) - value * vector).norm() < 1e-3 * abs(value) + 1e-4
+    assert torch.backends.mkldnn.enabled and torch.backends.mha.get_fastpath_enabled()

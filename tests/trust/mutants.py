@@ -45,6 +45,7 @@ MODULES = {
 }
 _FILTER = 'warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself'
 _MEMORY = "torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does"
+_MASK = "tangent, primal, gain, None, None, mean, scale, training, eps, [True, False, False]"
 EQUIVALENT = {
     "adalfl_lite.compiled": {
         "USub dropped at column 40 of self.outputs = prediction.shape[-1]": "predictions of classes are (B, C)",
@@ -54,6 +55,9 @@ EQUIVALENT = {
         f"Pow -> Mult at column 19 of {_MEMORY}": "how much memory is kept between steps; no number changes",
         f"Sub -> Add at column 24 of {_MEMORY}": "as above",
         f"16 -> 17 at column 27 of {_MEMORY}": "as above",
+    },
+    "adalfl_lite.tangents": {
+        f"False -> True at column 85 of {_MASK}": "a gradient more is computed, and left",
     },
     "analysis.calibration": {
         "2 -> 3 at column 16 of high *= 2": "the root is bracketed by longer steps, and found all the same",
