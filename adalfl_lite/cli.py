@@ -211,6 +211,7 @@ def compare_command(
     """Train every method on every task with several seeds; print and draw mean test errors with 95 % intervals.
 
     Finished jobs are kept in OUT/jobs and not run again, so an interrupted comparison can be continued.
+    OUT/comparison.parquet and its picture are of the last one; give another --out to keep several.
 
     *handcrafted-tuned* and *handcrafted-all* ask whether a better learning rate, or training on the validation data,
     would have done as well; *online-train* adapts the loss without validation data.
