@@ -33,7 +33,7 @@ from adalfl_lite.initialisation import (
     MakeOptimizer,
     Validate,
     draw_outputs,
-    endless,
+    pairs,
     rehearsal_moments,
     validator,
 )
@@ -224,7 +224,7 @@ def initialise_seeds(
     runs = [_Run(seed, rollout_steps) for seed in seeds]
     networks = [run.draw(make_loss_network) for run in runs]
     kind = networks[0].kind
-    train_batches, meta_batches = [endless(b, "train") for b in train], [endless(b, "valid") for b in valid]
+    train_batches, meta_batches = [pairs(b, "train") for b in train], [pairs(b, "valid") for b in valid]
     if validate is None:
         held = [list(itertools.islice(b, VALIDATION_BATCHES if rehearsals else 0)) for b in meta_batches]
         validate = [validator(batches, task_loss(kind), task_error(kind)) for batches in held]

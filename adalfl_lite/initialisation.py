@@ -111,6 +111,7 @@ def initialise(
 
     Raises:
         ValueError: a count is out of range, or a loader is empty.
+        TypeError: a loader gives no pairs, or ``make_model`` or ``make_optimizer`` is no function.
         FloatingPointError: every rehearsal diverged; lower the base learning rate.
     """
     check_counts(
@@ -293,7 +294,7 @@ def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]
 
 
 def pairs(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """The same, of (inputs, targets) alone; ``TypeError`` with a remedy at anything else."""
+    """:func:`endless`, of (inputs, targets) alone; ``TypeError`` with a remedy at anything else."""
     for batch in endless(batches, name):
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise TypeError(

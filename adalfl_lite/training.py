@@ -111,6 +111,7 @@ def fit(
 
     Raises:
         ValueError: arguments that do not fit together, or a checkpoint of another run.
+        TypeError: the data are no :class:`~adalfl_lite.data.Dataset`, or the optimizer is none that fit can use.
         OSError: the checkpoint cannot be written.
         FloatingPointError: the loss, a parameter or a meta-gradient is not finite; step and tensor are named, and the
             last checkpoint is kept.
@@ -279,6 +280,7 @@ def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) 
 
     Raises:
         ValueError: the split is empty, or the model's outputs do not fit its targets.
+        TypeError: it is no split.
     """
     check_counts(batch_size=batch_size)
     if not isinstance(split, Split):

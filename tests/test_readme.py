@@ -12,19 +12,16 @@ import adalfl_lite
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
 PROGRAM, DIAGNOSTICS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_program_runs_as_printed(monkeypatch):
-    program = PROGRAM
     short = partial(adalfl_lite.initialise, steps=20, imitation_steps=20, rehearsals=1, rehearsal_steps=10)
     monkeypatch.setattr(adalfl_lite, "initialise", short)
-    before = program.count("range(1000)")
+    before = PROGRAM.count("range(1000)")
     names: dict = {}
     torch.manual_seed(0)
-    exec(program.replace("range(1000)", "range(15)").replace("progress=True", "progress=False"), names)
+    exec(PROGRAM.replace("range(1000)", "range(15)").replace("progress=True", "progress=False"), names)
     assert before == 1 and names["step"] == 14
     assert torch.isfinite(names["log"].task_loss)
 
