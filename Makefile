@@ -28,6 +28,7 @@ book: $(READY)  ## build the book from nothing, running every chapter
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
 
 chapter: $(READY)  ## run one chapter alone, into a notebook beside it: make chapter NAME=ml3
+	@test -f 'book/$(NAME).md' || { echo "there is no chapter '$(NAME)': make chapter NAME=... with the name of a file book/*.md" >&2; exit 1; }
 	$(BIN)/jupytext --quiet --to notebook book/$(NAME).md
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter-execute --inplace book/$(NAME).ipynb
 

@@ -84,10 +84,22 @@ def check_targets(targets: Tensor, name: str = "targets", classes: int | None = 
             )
 
 
+def check_factories(**factories: Any) -> None:
+    """Raise ``TypeError`` unless all are functions that build something, such as a class or a lambda."""
+    for name, factory in factories.items():
+        if isinstance(factory, nn.Module | Optimizer) or not callable(factory):
+            raise TypeError(f"{name} must be a function that builds one, got {type(factory).__name__}; use lambda: ...")
+
+
+def check_pair(batch: Any, name: str, remedy: str = "") -> None:
+    """Raise ``TypeError`` unless ``batch`` is a tuple or list of two."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise TypeError(f"{name} must be a pair (inputs, targets), got {type(batch).__name__}{remedy}")
+
+
 def check_batch(batch: Any, name: str, model: nn.Module) -> None:
     """Raise unless ``batch`` is a pair (inputs, targets) with as many rows, at least one, on the model's device."""
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise ValueError(f"{name} must be (inputs, targets), got {type(batch).__name__}")
+    check_pair(batch, name)
     inputs, targets = batch
     if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
         found = f"{type(inputs).__name__} and {type(targets).__name__}"

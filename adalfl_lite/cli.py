@@ -27,8 +27,9 @@ from adalfl_lite.experiments import (
     run,
     write_results,
 )
-from adalfl_lite.files import atomic_path
+from adalfl_lite.files import atomic_path, atomic_save
 from adalfl_lite.losses import LossNetwork
+from adalfl_lite.methods import training_steps
 from adalfl_lite.tasks import TASKS, Task, get_task
 from analysis.loss_shapes import loss_curves, plot_loss_curves
 from analysis.plotting import plot_comparison, plot_learning_curves, save_figure, theme
@@ -89,6 +90,7 @@ class Format(StrEnum):
     html = "html"
 
 
+Download = Annotated[bool, typer.Option("--download", help="Download the data if it is missing.")]
 Root = Annotated[
     str | None, typer.Option(envvar="ADALFL_DATA", help="Folder of the data sets; bundled tasks need none.")
 ]
@@ -108,8 +110,8 @@ def tasks() -> None:
     """List the tasks: a data set, a base model and the settings of its optimizer, SGD.
 
     Under *SGD* stand the learning rate, momentum, weight decay, and the steps at which the rate drops to a tenth.
-    A task is named after its data. *Bundled* data comes with scikit-learn; `adalfl train TASK --download` fetches
-    the rest.
+    A task is named after its data. *Bundled* data comes with scikit-learn; `adalfl train TASK --download` and
+    `adalfl compare TASK --download` fetch the rest.
     """
     columns = [Column(name, no_wrap=True) for name in ("task", "model", "steps", "batch", "data")]
     table = Table(*columns, "SGD", box=SIMPLE_HEAD)
@@ -149,11 +151,14 @@ def train(
     label_noise: LabelNoise = 0.0,
     imbalance: Imbalance = 1.0,
     root: Root = None,
-    download: Annotated[bool, typer.Option("--download", help="Download the data if it is missing.")] = False,
+    download: Download = False,
     device: Device = "cpu",
     out: Out = Path("results"),
 ) -> None:
-    """Train one model and draw its learning curve, and the loss it learned with.
+    """Train one model; keep it and the loss it learned with, and draw its learning curve and that loss.
+
+    The files OUT/TASK--METHOD--seedSEED have its history (`.parquet`), picture (`.png`), weights (`.model.pt`, a state
+    dictionary of torch for `task.make_model(data)`) and learned loss (`.loss.pt`, for `LossNetwork.load`).
 
     An interrupted training goes on where it stopped when the same command is given again; a learned loss is
     initialised anew first.
@@ -170,6 +175,11 @@ def train(
     def keep(step: int, model: Any, loss: Any) -> None:
         if isinstance(loss, LossNetwork):
             curves[step] = loss.clone().cpu()
+        if step == training_steps(chosen, method):  # before the last checkpoint says that there is no more to do
+            weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+            atomic_save(weights, stem.with_name(stem.name + ".model.pt"))
+            if curves:
+                curves[step].save(stem.with_name(stem.name + ".loss.pt"))
 
     checkpoint = stem.with_name(stem.name + ".checkpoint")
     history = _checked(
@@ -185,7 +195,6 @@ def train(
             shown = curves if METHODS[method].online else {max(curves): curves[max(curves)]}
             kind = next(iter(curves.values())).kind
             plot_loss_curves(loss_curves(shown, kind), axes[0, 1], hue="step" if len(shown) > 1 else "target")
-            curves[max(curves)].save(stem.with_name(stem.name + ".loss.pt"))
         _picture(figure, stem.with_name(stem.name + ".png"))
     checkpoint.unlink(missing_ok=True)
 
@@ -201,6 +210,7 @@ def compare_command(
     label_noise: LabelNoise = 0.0,
     imbalance: Imbalance = 1.0,
     root: Root = None,
+    download: Download = False,
     device: Device = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes to use; a job is one (task, seed).")] = 1,
     together: Annotated[
@@ -226,7 +236,7 @@ def compare_command(
             _checked(check_applies, name, task)
     _usable(device, out)
     for task in chosen:
-        _load(task, root=root)
+        _load(task, root=root, download=download)
     options: dict[str, Any] = {"folder": out / "jobs", "root": root, "device": device, "jobs": jobs}
     results = _checked(compare, chosen, names, range(seeds), together=together, **options)
     _write(results, out / "comparison.parquet")

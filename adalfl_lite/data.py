@@ -77,6 +77,12 @@ class Split:
         if self.inputs.dtype == torch.uint8 and (self.mean is None or self.std is None):
             raise ValueError("uint8 inputs need mean= and std= to be normalised with")
 
+    def __repr__(self) -> str:
+        """Say how many rows of what, without the numbers in them."""
+        kept = {"inputs": self.inputs, "targets": self.targets}
+        parts = [f"{name}={tuple(tensor.shape)} {tensor.dtype}" for name, tensor in kept.items()]
+        return f"Split({', '.join(parts)})"
+
     def __len__(self) -> int:
         """Return the number of rows N."""
         return len(self.inputs)

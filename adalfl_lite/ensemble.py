@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts
+from adalfl_lite.checks import check_counts, check_factories
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import check_writable
 from adalfl_lite.initialisation import (
@@ -216,6 +216,7 @@ def initialise_seeds(
         rehearsals=(rehearsals, 0),
         rehearsal_steps=rehearsal_steps,
     )
+    check_factories(make_loss_network=make_loss_network, make_model=make_model, make_optimizer=make_optimizer)
     counts = {"seeds": len(seeds), "train": len(train), "valid": len(valid)}
     counts |= {} if validate is None else {"validate": len(validate)}
     if not len(seeds) or len(set(counts.values())) != 1:

@@ -147,7 +147,7 @@ def _run_methods(
 def _stored(path: Path, steps: int) -> pd.DataFrame:
     stored = read_results(path)
     if stored.step.max() != steps:
-        raise ValueError(f"{path} has {stored.step.max()} steps, not {steps}; use another folder")
+        raise ValueError(f"{path} has {stored.step.max()} steps, not {steps}; give another folder, or delete that file")
     return stored
 
 

@@ -83,5 +83,7 @@ def load_payload(path: str | os.PathLike, format: str) -> dict:
         ) from error
     found = payload.get("format") if isinstance(payload, dict) else None
     if found != format:
+        if found is None:
+            raise ValueError(f"{path} is no {format} file; give one that this package wrote")
         raise ValueError(f"{path} holds format {found!r}, expected {format!r}; write it again with this version")
     return payload

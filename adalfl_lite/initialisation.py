@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts
+from adalfl_lite.checks import check_counts, check_factories, check_pair
 from adalfl_lite.losses import Loss, LossNetwork, task_error
 from adalfl_lite.metagradient import Batch, plain_step
 from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
@@ -123,9 +123,7 @@ def initialise(
     )
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-    for name, factory in (("make_model", make_model), ("make_optimizer", make_optimizer)):
-        if isinstance(factory, nn.Module | torch.optim.Optimizer) or not callable(factory):
-            raise TypeError(f"{name} must be a function that builds one, got {type(factory).__name__}; use lambda: ...")
+    check_factories(make_model=make_model, make_optimizer=make_optimizer)
     task_loss = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:
@@ -295,12 +293,12 @@ def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]
 
 def pairs(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
     """:func:`endless`, of (inputs, targets) alone; ``TypeError`` with a remedy at anything else."""
+    remedy = (
+        "; the batches must be a loader of pairs, and of two tensors"
+        " DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True) makes one"
+    )
     for batch in endless(batches, name):
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise TypeError(
-                f"the {name} batches must be a loader of pairs (inputs, targets), but give {type(batch).__name__};"
-                " of two tensors, DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True) makes one"
-            )
+        check_pair(batch, f"a {name} batch", remedy)
         yield batch
 
 

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adalfl_lite.checks import check_batch, check_counts, check_finite
+from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite
 from adalfl_lite.initialisation import (
     VALIDATION_BATCHES,
     Initialisation,
@@ -239,6 +239,7 @@ def initialise_learning_rate(
     ``rollout_steps=1, rehearsals=0`` is the paper's algorithm. The arguments are those of ``initialise``.
     """
     check_counts(steps=steps, rollout_steps=rollout_steps, rehearsals=(rehearsals, 0), rehearsal_steps=rehearsal_steps)
+    check_factories(make_model=make_model, make_optimizer=make_optimizer)
     loss = task_loss(kind)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:

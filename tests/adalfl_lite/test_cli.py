@@ -17,7 +17,8 @@ from adalfl_lite.cli import app
 from adalfl_lite.data import BUNDLED
 from adalfl_lite.experiments import METHODS, final_errors
 from adalfl_lite.losses import LossNetwork
-from adalfl_lite.tasks import TASKS
+from adalfl_lite.tasks import TASKS, get_task
+from adalfl_lite.training import evaluate
 
 COMMANDS = ["tasks", "methods", "train", "compare", "plot", "table"]
 WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}
@@ -120,7 +121,7 @@ def test_harder_tasks_have_results_of_their_own(tmp_path):
 def test_train_online_writes_history_picture_and_loss(tmp_path):
     text = succeeds("train", "iris", "--steps", 20, "--seed", 1, "--out", tmp_path / "new")
     stem = "iris--online--seed1"
-    assert files(tmp_path) == [f"new/{stem}{end}" for end in (".loss.pt", ".parquet", ".png")]
+    assert files(tmp_path) == [f"new/{stem}{end}" for end in (".loss.pt", ".model.pt", ".parquet", ".png")]
     history = pd.read_parquet(tmp_path / "new" / f"{stem}.parquet")
     assert history.step.tolist() == list(range(21)) and set(history.method) == {"online"} and set(history.seed) == {1}
     assert f"{history.test_error.iloc[-1]:.4f}" in text and str(tmp_path / "new" / f"{stem}.parquet") in text
@@ -128,9 +129,21 @@ def test_train_online_writes_history_picture_and_loss(tmp_path):
     assert (tmp_path / "new" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("method", ["handcrafted-tuned", "online"])
+def test_train_keeps_the_model_that_was_evaluated_last(tmp_path, method):
+    succeeds("train", "wine", "--method", method, "--steps", 20, "--seed", 2, "--out", tmp_path)
+    last = pd.read_parquet(tmp_path / f"wine--{method}--seed2.parquet").iloc[-1]
+    task = get_task("wine")
+    data = task.load(seed=2)
+    model = task.make_model(data)
+    model.load_state_dict(torch.load(tmp_path / f"wine--{method}--seed2.model.pt", weights_only=True))
+    assert evaluate(model, data.test, data.kind) == (last.test_error, last.test_loss)
+
+
 def test_train_with_the_handcrafted_loss_has_no_loss_to_write(tmp_path):
     succeeds("train", "diabetes", "--method", "handcrafted", "--steps", 4, "--out", tmp_path)
-    assert files(tmp_path) == ["diabetes--handcrafted--seed0.parquet", "diabetes--handcrafted--seed0.png"]
+    stem = "diabetes--handcrafted--seed0"
+    assert files(tmp_path) == [f"{stem}{end}" for end in (".model.pt", ".parquet", ".png")]
 
 
 def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -151,11 +164,27 @@ def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path, monkeypatch)
     assert len(calls) == 15 + 100 + 2 * 14  # steps 7 to 20 only
     resumed = pd.read_parquet(tmp_path / "iris--handcrafted--seed0.parquet")
     monkeypatch.undo()
-    assert files(tmp_path) == ["iris--handcrafted--seed0.parquet", "iris--handcrafted--seed0.png"]
+    assert files(tmp_path) == [f"iris--handcrafted--seed0{end}" for end in (".model.pt", ".parquet", ".png")]
     succeeds(*arguments)
     whole = pd.read_parquet(tmp_path / "iris--handcrafted--seed0.parquet")
     times = ["seconds", "initialisation_seconds"]
     pd.testing.assert_frame_equal(resumed.drop(columns=times), whole.drop(columns=times), check_exact=True)
+
+
+def test_a_training_interrupted_after_its_last_step_has_kept_model_and_loss(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    arguments = ("train", "iris", "--steps", 5, "--out", tmp_path)
+    stem = "iris--online--seed0"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "write_results", interrupted)
+        assert adalfl(*arguments).exit_code != 0
+    assert files(tmp_path) == [f"{stem}{end}" for end in (".checkpoint", ".loss.pt", ".model.pt")]
+    kept = [(tmp_path / f"{stem}{end}").read_bytes() for end in (".loss.pt", ".model.pt")]
+    succeeds(*arguments)
+    assert files(tmp_path) == [f"{stem}{end}" for end in (".loss.pt", ".model.pt", ".parquet", ".png")]
+    assert kept == [(tmp_path / f"{stem}{end}").read_bytes() for end in (".loss.pt", ".model.pt")]
 
 
 # Compare and plot --------------------------------------------------------------------------------------------------
@@ -187,7 +216,7 @@ def test_compare_again_runs_nothing(comparison, monkeypatch):
     monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("a finished job was run again"))
     arguments = ("--methods", "handcrafted,offline", "--seeds", 2, "--steps", 10, "--out", out)
     assert succeeds("compare", "iris", "wine", *arguments) == text
-    assert "has 10 steps, not 11; use another folder" in fails("compare", "iris", "--steps", 11, "--out", out)
+    assert "has 10 steps, not 11; give another folder" in fails("compare", "iris", "--steps", 11, "--out", out)
 
 
 def test_compare_together_is_compare(comparison, tmp_path):
@@ -366,7 +395,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
 
     good = shell("train", "iris", "--method", "handcrafted", "--steps", "5")
     assert good.returncode == 0, good.stderr
-    assert files(tmp_path) == [f"results/iris--handcrafted--seed0{end}" for end in (".parquet", ".png")]
+    assert files(tmp_path) == [f"results/iris--handcrafted--seed0{end}" for end in (".model.pt", ".parquet", ".png")]
     assert "iris--handcrafted--seed0.png" in good.stdout
     bad = shell("train", "cifar")
     assert (bad.returncode, bad.stdout) == (2, "")

@@ -69,6 +69,12 @@ def test_bundled_sets(name: str) -> None:
     assert dataset.kind == ("regression" if name == "diabetes" else "classification")
 
 
+def test_a_data_set_prints_as_shapes_and_not_as_numbers() -> None:
+    text = repr(load_dataset("wine"))
+    assert "name='wine'" in text and "train=Split(inputs=(106, 13) torch.float32, targets=(106,) torch.int64)" in text
+    assert "tensor(" not in text
+
+
 @pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer", "diabetes"])
 def test_features_are_standardised_with_the_train_split_alone(name: str) -> None:
     dataset = load_dataset(name, seed=3)

@@ -259,6 +259,8 @@ def test_what_cannot_be_initialised_together_is_refused():
         initialise_seeds(LossNetwork.classification, mlp, train[:2], valid, **options)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         initialise_seeds(LossNetwork.classification, mlp, train, valid, **{**options, "steps": 0})
+    with pytest.raises(TypeError, match="make_model must be a function that builds one, got Sequential"):
+        initialise_seeds(LossNetwork.classification, mlp(), train, valid, **options)
     same = mlp().double()
     with pytest.raises(ValueError, match="make_model returned the same model again"):
         initialise_seeds(LossNetwork.classification, lambda: same, train, valid, **{**options, "imitation_steps": 0})

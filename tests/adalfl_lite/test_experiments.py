@@ -165,7 +165,7 @@ def test_a_rerun_reads_what_is_finished_and_runs_the_rest(results, folder, monke
 
 
 def test_a_stored_job_of_another_length_is_not_passed_off_as_this_one(results, folder):
-    with pytest.raises(ValueError, match=r"iris--online--seed0\.parquet has 40 steps, not 50; use another folder"):
+    with pytest.raises(ValueError, match=r"iris--online--seed0\.parquet has 40 steps, not 50; give another folder"):
         compared([IRIS.with_(steps=50)], ["online"], [0], folder=folder)
 
 

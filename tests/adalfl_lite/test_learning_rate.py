@@ -245,6 +245,13 @@ def test_the_papers_algorithm_finds_the_rate_that_is_best_for_one_step():
     assert outcome.steps == 800 and rate.rates[0] == pytest.approx(1 / 8, rel=0.05)
 
 
+def test_a_model_where_a_function_belongs_is_refused():
+    batches, make_model = quadratic(4.0)
+    options = {"make_optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "kind": "regression"}
+    with pytest.raises(TypeError, match="make_model must be a function that builds one, got Linear"):
+        initialise_learning_rate(LearningRate([0.1]), make_model(), batches, batches, **options)
+
+
 def test_a_rate_that_is_worse_in_rehearsal_is_not_kept():
     batches, make_model = quadratic(4.0)
     torch.manual_seed(0)

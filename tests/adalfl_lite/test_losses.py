@@ -304,7 +304,7 @@ def test_files_that_are_not_a_whole_loss_network_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"loss\.pt cannot be read"):
         LossNetwork.load(path)
     torch.save(network.state_dict(), path)
-    with pytest.raises(ValueError, match=r"loss\.pt holds format None"):
+    with pytest.raises(ValueError, match=r"loss\.pt is no adalfl-loss-network-1 file"):
         LossNetwork.load(path)
     torch.save(network, path)  # a pickled module: refused, not run
     with pytest.raises(ValueError, match=r"loss\.pt cannot be read"):

@@ -197,7 +197,7 @@ ONLINE = [
     Case("the loss shares the model's parameters", lambda g: g.online(loss_network=g.model, task_loss=F.cross_entropy),
          ValueError, "share"),
     Case("autocast to integers", lambda g: g.online(autocast=torch.int8), ValueError, "autocast .* torch.int8"),
-    Case("inputs alone", lambda g: g.step(batch=g.x), ValueError, r"batch must be \(inputs, targets\)"),
+    Case("inputs alone", lambda g: g.step(batch=g.x), TypeError, r"batch must be a pair \(inputs, targets\), got Tensor"),
     Case("an empty batch", lambda g: g.step(batch=(g.x[:0], g.y[:0])), ValueError, "batch .* 0 inputs"),
     Case("fewer targets", lambda g: g.step(batch=(g.x, g.y[:9])), ValueError, "40 inputs .* 9 targets"),
     Case("an empty meta batch", lambda g: g.step(meta_batch=(g.x[:0], g.y[:0])), ValueError, "meta_batch .* 0 inputs"),
@@ -254,7 +254,7 @@ TRAINING = [
         "split must be a Split, such as data.test, got list",
     ),
     Case("a function for M", lambda g: g.online(loss_network=F.cross_entropy), TypeError, "Module, got function; Loss"),
-    Case("initialise: tensors", lambda g: g.initialise(train=g.batch), TypeError, "train batches .*give Tensor.*DataLoader"),
+    Case("initialise: tensors", lambda g: g.initialise(train=g.batch), TypeError, "a train batch .*got Tensor.*DataLoader"),
     Case("initialise: a model", lambda g: g.initialise(make_model=g.model), TypeError, "make_model must be a function"),
     Case(
         "initialise: an optimizer",
