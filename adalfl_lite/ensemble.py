@@ -146,7 +146,12 @@ def fit_seeds(
     kept: list[tuple[Tensor, Tensor]] = []
     clock = time.perf_counter()
     for step in tqdm(
-        range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, desc=f"{len(seeds)} seeds"
+        range(start + 1, steps + 1),
+        initial=start,
+        total=steps,
+        disable=not progress,
+        leave=None,
+        desc=f"{len(seeds)} seeds",
     ):
         meta_batch = _rows(meta, metas) if meta_optimizer else None
         result = stacked_step(stack, loss, optimizer, kind, _rows(train, batches), meta_batch)
@@ -258,7 +263,7 @@ def initialise_seeds(
     meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate)
     moments = set(rehearsal_moments(steps, rehearsals))
     stack, optimizer = begin()
-    for step in tqdm(range(1, steps + 1), disable=not progress, desc=f"initialise {len(seeds)} seeds"):
+    for step in tqdm(range(1, steps + 1), disable=not progress, leave=None, desc=f"initialise {len(seeds)} seeds"):
         if all(run.remaining == 0 for run in runs):
             stack, optimizer = begin()
         else:

@@ -84,7 +84,7 @@ def compare(
         together: make all seeds of a task one job, and one program where a method allows
             (:mod:`adalfl_lite.together`): much faster for small models, the same to rounding. Seconds are then equal
             shares of the program's. If one seed diverges, the method's seeds are run one by one.
-        progress: show a bar over jobs.
+        progress: show a bar over jobs and, of one process, below it the steps of what runs.
 
     Returns:
         The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_steps,
@@ -105,7 +105,9 @@ def compare(
             check_applies(method, task)
     groups = [list(seeds)] if together else [[seed] for seed in seeds]
     grid = [(task, group) for task in chosen for group in groups]
-    job = partial(_run_methods, methods=methods, folder=folder, root=root, device=device)
+    job = partial(
+        _run_methods, methods=methods, folder=folder, root=root, device=device, progress=progress and jobs == 1
+    )
     with tqdm(grid, desc="jobs", disable=not progress) as points:  # as jobs are handed out: not all backends stream
         results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(*point) for point in points)
     return pd.concat([frame for frames in results for frame in frames], ignore_index=True)
@@ -119,9 +121,11 @@ def _run_methods(
     folder: str | os.PathLike | None,
     root: str | None,
     device: str,
+    progress: bool,
 ) -> list[pd.DataFrame]:
     """One job. Methods that start from the same learned loss share its initialisation."""
     frames: list[pd.DataFrame] = []
+    options: dict[str, Any] = {"root": root, "device": device, "progress": progress}
     shared: dict[int, dict] = {seed: {} for seed in seeds}
     for method in methods:
         names = {seed: f"{task.name}--{method}--seed{seed}.parquet" for seed in seeds}
@@ -132,12 +136,12 @@ def _run_methods(
         found: list[pd.DataFrame] = []
         if len(left) > 1 and runs_together(method, task):
             with suppress(FloatingPointError):
-                found = run_together(task, method, left, root=root, device=device, shared=shared)
+                found = run_together(task, method, left, shared=shared, **options)
         for i, seed in enumerate(left):
             if found:
                 result = found[i]
             else:
-                result = _run_or_diverge(task, method, seed, root=root, device=device, shared=shared[seed])
+                result = _run_or_diverge(task, method, seed, shared=shared[seed], **options)
             if seed in paths:
                 write_results(result, paths[seed])
             frames.append(result)
@@ -192,12 +196,13 @@ def run_together(
     root: str | None = None,
     device: str = "cpu",
     shared: dict[int, dict] | None = None,
+    progress: bool = False,
 ) -> list[pd.DataFrame]:
     """:func:`run` for several seeds as one program; ``shared`` has a dictionary for every seed."""
     datasets = [task.load(root=root, seed=seed) for seed in seeds]
     shared = {seed: {} for seed in seeds} if shared is None else shared
-    prepared = prepare_together(task, datasets, method, seeds, device=device, shared=shared)
-    histories = train_together(prepared, method, seeds, device=device)
+    prepared = prepare_together(task, datasets, method, seeds, device=device, shared=shared, progress=progress)
+    histories = train_together(prepared, method, seeds, device=device, progress=progress)
     return [
         _labelled(histories[histories.seed == seed].drop(columns="seed"), one, method, seed, device, len(seeds))
         for seed, one in zip(seeds, prepared, strict=True)

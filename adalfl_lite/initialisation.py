@@ -211,7 +211,7 @@ def meta_learn(
         record(0)
     learner, first_loss = draw(), math.inf
     remaining = rollout_steps
-    for step in tqdm(range(1, steps + 1), desc="initialise", disable=not progress):
+    for step in tqdm(range(1, steps + 1), desc="initialise", disable=not progress, leave=None):
         if remaining == 0:
             learner, remaining, first_loss = draw(), rollout_steps, math.inf
         remaining -= 1

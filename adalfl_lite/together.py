@@ -33,7 +33,14 @@ def runs_together(method: str, task: Task) -> bool:
 
 
 def prepare_together(
-    task: Task, datasets: Sequence[Dataset], method: str, seeds: Sequence[int], *, device: str, shared: dict[int, dict]
+    task: Task,
+    datasets: Sequence[Dataset],
+    method: str,
+    seeds: Sequence[int],
+    *,
+    device: str,
+    shared: dict[int, dict],
+    progress: bool = False,
 ) -> list[Prepared]:
     """What :func:`~adalfl_lite.methods.prepare` does, for every seed; each counts an equal share of the seconds.
 
@@ -53,6 +60,7 @@ def prepare_together(
             seeds=[INITIALISATION_SEED + seed for _, seed in new],
             imitation_steps=how.imitation_steps,
             validate=validate,
+            progress=progress,
             **initialisation_options(task, how),
         )
         share = (time.perf_counter() - started) / len(new)
@@ -71,6 +79,7 @@ def train_together(
     *,
     device: str,
     meta_learning_rate: float | None = None,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """What :func:`~adalfl_lite.methods.train` does, for every seed; the histories below each other.
 
@@ -88,6 +97,6 @@ def train_together(
         online=how.online,
         meta_learning_rate=online_meta_learning_rate(task) if meta_learning_rate is None else meta_learning_rate,
         meta_batches=how.meta_batches,
-        progress=False,
+        progress=progress,
     )
     return history.assign(seconds=history.seconds / len(seeds))

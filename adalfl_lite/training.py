@@ -231,7 +231,7 @@ def fit(
     good = _states(learned) if on_divergence == "restore" else {}
     undone = 0
     clock = time.perf_counter()
-    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, desc="fit")
+    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, leave=None, desc="fit")
     meta_batch: Batch | None = None
     for step in bar:
         rows = next(batches)

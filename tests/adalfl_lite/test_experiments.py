@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -369,6 +370,12 @@ def test_a_long_training_adapts_its_loss_more_slowly(monkeypatch):
     assert rows(usual, "online").test_loss.to_numpy() != pytest.approx(offline.test_loss.to_numpy(), abs=1e-6)
     together = rows(compared([IRIS], ["online"], [0, 1], together=True), "online")
     assert together.test_loss.to_numpy() == pytest.approx(offline.test_loss.to_numpy(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("jobs", "bars"), [(1, {"jobs", "initialise 2 seeds", "2 seeds"}), (2, {"jobs"})])
+def test_progress_is_of_jobs_and_in_one_process_of_steps_too(capfd, jobs, bars):
+    compare([IRIS], ["handcrafted", "offline"], [0, 1], together=True, jobs=jobs)
+    assert set(re.findall(r"([\w ]+): +\d+%\|", capfd.readouterr().err)) == bars
 
 
 def test_seeds_together_share_the_seconds_and_the_initialisation(together):
