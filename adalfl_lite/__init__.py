@@ -2,25 +2,36 @@
 
 Read the modules in this order, which is also the direction of every import:
 
+The method
+
+    checks          what is refused, and in which words; files: either whole or absent
     losses          the loss network M_φ, and the task losses
     closed_form     the derivatives of a loss network that learning it needs
     updates         torch's optimizers as pure functions, and their derivatives
     tangents        how the outputs move when the parameters move
     distributed     several processes that learn as one
-    metagradient    one step of the model and ∇_φ of what it led to
+    metagradient    one step of the model and ∇_φ of what it led to; compiled: the same as one compiled program
     online          Algorithm 2: the drop-in step
     initialisation  Algorithm 1
     learning_rate   Algorithms 3 and 4: the control that learns a learning rate
+
+Training
+
     sources         where data comes from; data: as tensors, split; models: what is trained on it
     training        fit: history, evaluation, checkpoints
-    stacking        several models, or loss networks, as one function
-    ensemble        initialisation and fit for several seeds at once
-    tasks           the registry; corruption: label noise and imbalance; augmentation: crops and flips
+    stacking        several models, or loss networks, as one function; ensemble: several seeds, initialised and fitted
+
+Comparing
+
+    corruption      label noise and imbalance; augmentation: crops and flips; tasks: the registry
     baselines       other losses, designed or learned
-    methods         how each loss is had: the table of what is compared
+    methods         how each loss is had: the table of what is compared; together: several seeds as one program
     experiments     methods over tasks and seeds
-    loss_prediction which examples will have a large loss; active_learning: and what to label next; keypoints: a task
     cli             the command ``adalfl``
+
+Predicting losses
+
+    loss_prediction which examples will have a large loss; active_learning: and what to label next; keypoints: a task
 """
 
 from adalfl_lite.data import load_dataset

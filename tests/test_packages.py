@@ -76,6 +76,19 @@ def test_there_are_modules_to_check():
     assert {*METHOD, "experiments", "cli", "plotting", "statistics"} <= names
 
 
+def test_the_map_of_the_package_names_every_module_below_those_it_imports():
+    package = ROOT / "adalfl_lite"
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    order = [first or later for first, later in re.findall(r"^ {4}(\w+) |; (\w+):", text, re.MULTILINE)]
+    names = {p.stem for p in package.glob("*.py")} - {"__init__"} | {"baselines"}
+    assert len(order) == len(names) and set(order) == names
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        found = {name.split(".")[1] for name in imports_of(path) if name.startswith("adalfl_lite.")} & names
+        if own != "__init__":
+            assert found <= {own, *order[: order.index(own)]}, path
+
+
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "analysis"], ids=lambda path: path.stem)
 def test_the_diagnostics_know_nothing_of_the_training_package(path):
     assert not within(imports_of(path), "adalfl_lite"), "analysis takes any model and any loss callable"
