@@ -131,7 +131,16 @@ def test_every_mean_has_its_seeds(final):
     seeds = final.groupby(["task", "method"]).seed.apply(frozenset)
     for task, of_task in seeds.groupby("task"):
         assert of_task.nunique() == 1, task
-        assert len(of_task.iloc[0]) >= (3 if task == "mnist-lenet5" else 10)
+        assert len(of_task.iloc[0]) >= (3 if task in ("mnist-mlp", "mnist-lenet5") else 10)
+
+
+def test_adapting_lowers_the_cross_entropy_of_every_seed_where_the_text_says_so(final):
+    losses = final.pivot(index=["task", "seed"], columns="method", values="test_loss")
+    for task in ("digits", "mnist-mlp", "mnist-lenet5"):
+        tuned, offline, online = (losses.loc[task, name] for name in ("handcrafted-tuned", "offline", "online"))
+        assert (online < offline).all() and tuned.mean() < online.mean()
+    for task in ("iris", "wine", "breast_cancer"):
+        assert losses.loc[task, "online"].mean() > losses.loc[task, "offline"].mean()
 
 
 def test_the_meta_learning_rate_is_chosen_on_validation_data(final):
