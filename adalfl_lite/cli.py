@@ -387,6 +387,7 @@ def _write(table: pd.DataFrame, path: Path) -> None:
 
 def _picture(figure: plt.Figure, path: Path) -> None:
     _checked(save_figure, figure, path)
+    plt.close(figure)
     Console().print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -119,6 +120,7 @@ def test_harder_tasks_have_results_of_their_own(tmp_path):
 
 
 def test_train_online_writes_history_picture_and_loss(tmp_path):
+    open_before = plt.get_fignums()
     text = succeeds("train", "iris", "--steps", 20, "--seed", 1, "--out", tmp_path / "new")
     stem = "iris--online--seed1"
     assert files(tmp_path) == [f"new/{stem}{end}" for end in (".loss.pt", ".model.pt", ".parquet", ".png")]
@@ -127,6 +129,7 @@ def test_train_online_writes_history_picture_and_loss(tmp_path):
     assert f"{history.test_error.iloc[-1]:.4f}" in text and str(tmp_path / "new" / f"{stem}.parquet") in text
     assert LossNetwork.load(tmp_path / "new" / f"{stem}.loss.pt").kind == "classification"
     assert (tmp_path / "new" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    assert plt.get_fignums() == open_before
 
 
 @pytest.mark.parametrize("method", ["handcrafted-tuned", "online"])
