@@ -84,10 +84,16 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage):
         load_payload(path, FORMAT)
 
 
-@pytest.mark.parametrize("payload", [{"format": "some-format-0"}, {"value": 1}, [FORMAT], torch.zeros(2)])
-def test_another_format_is_refused(tmp_path, payload):
+def test_an_older_format_is_refused(tmp_path):
+    atomic_save({"format": "some-format-0"}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match="holds format 'some-format-0', expected 'some-format-1'"):
+        load_payload(tmp_path / "file.pt", FORMAT)
+
+
+@pytest.mark.parametrize("payload", [{"value": 1}, [FORMAT], torch.zeros(2)])
+def test_a_file_of_no_format_is_refused(tmp_path, payload):
     atomic_save(payload, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match="'some-format-0', expected 'some-format-1'|is no some-format-1 file"):
+    with pytest.raises(ValueError, match=r"file\.pt is no some-format-1 file; give one"):
         load_payload(tmp_path / "file.pt", FORMAT)
 
 
