@@ -97,6 +97,7 @@ Root = Annotated[
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, ...")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Training steps; the task's own number by default.")]
 Out = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
+Results = Annotated[list[Path], typer.Argument(help="One or more .parquet files of `adalfl compare` or `train`.")]
 LabelNoise = Annotated[
     float, typer.Option(help="Make this fraction of the train and validation labels wrong (classification).")
 ]
@@ -221,7 +222,7 @@ def compare_command(
     """Train every method on every task with several seeds; print and draw mean test errors with 95 % intervals.
 
     Finished jobs are kept in OUT/jobs and not run again, so an interrupted comparison can be continued.
-    OUT/comparison.parquet and its picture are of the last one; give another --out to keep several.
+    OUT/comparison.parquet and its picture are of the last one; `adalfl table OUT/jobs/*.parquet` is of all.
 
     *handcrafted-tuned* and *handcrafted-all* ask whether a better learning rate, or training on the validation data,
     would have done as well; *online-train* adapts the loss without validation data.
@@ -247,23 +248,25 @@ def compare_command(
 
 @app.command()
 def plot(
-    results: Annotated[Path, typer.Argument(help="A .parquet file of `adalfl train` or `adalfl compare`.")],
+    results: Results,
     figure: Annotated[Figure, typer.Option(help="Errors at the end, or errors over training.")] = Figure.comparison,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = None,
 ) -> None:
-    """Draw a stored table: one panel per task, methods in colours, 95 % intervals over seeds.
+    """Draw stored results: one panel per task, methods in colours, 95 % intervals over seeds.
 
     adalfl plot results/comparison.parquet --figure curves --out curves.pdf
     """
+    if out is None and len(results) > 1:
+        _fail(f"{len(results)} files are given and no name for the picture; add --out PICTURE.png")
     frame = _stored(results)
-    print_errors(frame, str(results))
+    print_errors(frame, "test error, mean over seeds")
     with theme():
-        _picture(draw(frame, figure), out or results.with_suffix(".png"))
+        _picture(draw(frame, figure), out or results[0].with_suffix(".png"))
 
 
 @app.command("table")
 def table_command(
-    results: Annotated[list[Path], typer.Argument(help="One or more .parquet files of `adalfl compare`.")],
+    results: Results,
     format: Annotated[Format, typer.Option(help="How to write it.")] = Format.markdown,
     reference: Annotated[str, typer.Option(help="The method that the others are tested against.")] = "handcrafted",
     value: Annotated[Value, typer.Option(help="What to tabulate; cost is in seconds.")] = Value.test_error,
@@ -276,16 +279,10 @@ def table_command(
     correction over the methods of a task, p < .05. Fewer than six seeds never reach that.
 
         adalfl table results/comparison.parquet
-        adalfl table results/comparison.parquet --value cost
+        adalfl table results/jobs/*.parquet --value cost
         adalfl table results/comparison.parquet --format latex --reference handcrafted-tuned --out table.tex
     """
-    stored = pd.concat([_stored(path) for path in results], ignore_index=True)
-    keys = ["task", "method", "seed", "step"]
-    if stored.duplicated(keys).any():
-        _fail(
-            f"the files share a run, {stored.loc[stored.duplicated(keys), keys[:3]].iloc[0].to_dict()}; leave one out"
-        )
-    runs = final_errors(stored)
+    runs = final_errors(_stored(results))
     if reference not in set(runs.method):
         _fail(f"no runs of the reference {reference!r} in the results; they have {', '.join(runs.method.unique())}")
     if value not in runs:
@@ -343,11 +340,17 @@ def _task(name: str, steps: int | None, label_noise: float, imbalance: float) ->
     return task.with_(steps=steps) if steps else task
 
 
-def _stored(path: Path) -> pd.DataFrame:
-    """Read a table of results; end the program if the file is not one."""
-    if not path.is_file():
-        _fail(f"{path} does not exist; give the .parquet file that train or compare wrote")
-    return _checked(read_results, path)
+def _stored(paths: list[Path]) -> pd.DataFrame:
+    """Read tables of results into one; end the program if a file is not one, or two have the same run."""
+    for path in paths:
+        if not path.is_file():
+            _fail(f"{path} does not exist; give the .parquet file that train or compare wrote")
+    stored = pd.concat([_checked(read_results, path) for path in paths], ignore_index=True)
+    keys = ["task", "method", "seed", "step"]
+    twice = stored.duplicated(keys)
+    if twice.any():
+        _fail(f"the files share a run, {stored.loc[twice, keys[:3]].iloc[0].to_dict()}; leave one out")
+    return stored
 
 
 def _checked(function: Any, *arguments: Any, **options: Any) -> Any:

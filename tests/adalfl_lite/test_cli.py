@@ -248,6 +248,16 @@ def test_plot_writes_beside_the_table_by_default(comparison, tmp_path):
     assert files(tmp_path) == ["table.parquet", "table.png"]
 
 
+def test_the_jobs_of_several_comparisons_make_one_table_and_one_picture(comparison, tmp_path):
+    out, _ = comparison
+    jobs = sorted((out / "jobs").iterdir())
+    text = succeeds("table", *jobs, "--reference", "handcrafted")
+    assert sorted(text.splitlines()) == sorted(succeeds("table", out / "comparison.parquet").splitlines())
+    assert "2 files are given and no name for the picture; add --out" in fails("plot", *jobs[:2])
+    succeeds("plot", *jobs, "--out", tmp_path / "all.png")
+    assert files(tmp_path) == ["all.png"]
+
+
 @pytest.mark.parametrize(("format", "start"), [("markdown", "| method |"), ("latex", "%"), ("html", "<table>")])
 def test_table_writes_the_means_of_a_stored_comparison(comparison, tmp_path, format, start):
     stored = comparison[0] / "comparison.parquet"
