@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from adalfl_lite.checks import check_counts
 from adalfl_lite.data import Dataset
 from adalfl_lite.loss_prediction import (
     PAIR_LOSSES,
@@ -75,7 +76,8 @@ def active_learning(
         One row per round: strategy, seed, round, labelled, test_error (mean squared error), and what ``record`` gave.
 
     Raises:
-        ValueError: an unknown strategy, data for classification, or fewer rows than are to be labelled.
+        ValueError: an unknown strategy, data for classification, fewer rows than are to be labelled, or an ensemble
+            of one.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
@@ -86,6 +88,7 @@ def active_learning(
             f"cannot label {first} + {rounds - 1} x {added} rows of {len(data.train)}; rounds and added must be 1 or "
             "more, first 2 or more"
         )
+    check_counts(members=(members, 2 if strategy == "ensemble" else 1))
     inputs, targets = data.train[:]
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     labelled, unlabelled = order[:first], order[first:]

@@ -74,14 +74,7 @@ def check_targets(targets: Tensor, name: str = "targets", classes: int | None = 
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 class indices, got {targets.dtype}: use .long()")
-    if len(targets) and not targets.is_meta:
-        least, most = (int(label) for label in torch.aminmax(targets))
-        if least < 0:
-            raise ValueError(f"{name} hold the label {least}; number the classes from 0")
-        if classes is not None and most >= classes:
-            raise ValueError(
-                f"{name} hold the label {most}, but there are {classes} outputs: labels end at {classes - 1}"
-            )
+    _check_labels(name, targets, classes)
 
 
 def check_factories(**factories: Any) -> None:
@@ -115,8 +108,11 @@ def check_batch(batch: Any, name: str, model: nn.Module) -> None:
 
 def check_values(batch: tuple[Tensor, Tensor], name: str) -> None:
     """Raise ``ValueError`` if inputs or targets of ``batch`` are not finite, or labels negative."""
-    check_inputs(batch[0], f"{name}: inputs")
-    check_targets(batch[1], f"{name}: targets")
+    for part, tensor in zip(("inputs", "targets"), batch, strict=True):
+        if tensor.is_floating_point():
+            _check_finite(f"{name}: {part}", tensor)
+    if not batch[1].is_floating_point():
+        _check_labels(f"{name}: targets", batch[1])
 
 
 def check_trainable(model: nn.Module, optimizer: Optimizer) -> None:
@@ -166,7 +162,7 @@ def check_finite(values: dict[str, Tensor], model: nn.Module | None = None, reme
     """
     if math.isfinite(sum(tensor.detach().sum() for tensor in values.values())):
         return
-    finite = torch.stack([torch.isfinite(tensor).all() for tensor in values.values()])
+    finite = torch.stack([torch.isfinite(tensor).all().cpu() for tensor in values.values()])  # from several devices
     if finite.all():  # a sum can overflow
         return
     name = list(values)[int(finite.long().argmin())]
@@ -178,7 +174,17 @@ def check_finite(values: dict[str, Tensor], model: nn.Module | None = None, reme
     )
 
 
+def _check_labels(name: str, targets: Tensor, classes: int | None = None) -> None:
+    if not len(targets) or targets.is_meta:
+        return
+    least, most = (int(label) for label in torch.aminmax(targets))
+    if least < 0:
+        raise ValueError(f"{name} hold the label {least}; number the classes from 0")
+    if classes is not None and most >= classes:
+        raise ValueError(f"{name} hold the label {most}, but there are {classes} outputs: labels end at {classes - 1}")
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not tensor.is_meta and not torch.isfinite(tensor).all():
-        row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
+        row = int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero()[0])
         raise ValueError(f"{name} are not finite (first in row {row}): they hold NaN or infinity; clean the data first")

@@ -75,7 +75,7 @@ class CompiledStep:
         self.mode, self.autocast = mode, autocast
         self.reached: list[int] = []
         self.outputs = 0
-        self.case: tuple[list, list[bool]] | None = None
+        self.case: tuple[list, ...] | None = None
         options: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in older versions of torch
             options["isolate_recompiles"] = True
@@ -92,7 +92,8 @@ class CompiledStep:
         """
         names = trained_parameter_names(self.model, self.optimizer)
         shapes = [(tensor.shape, tensor.dtype) for tensor in (*batch, *meta_batch)]
-        case = (shapes, [module.training for module in self.model.modules()])
+        trained = [parameter.requires_grad for parameter in optimizer_parameters(self.optimizer)]
+        case = (shapes, [module.training for module in self.model.modules()], names, trained)
         if self.case is None:
             self.reached, self.case = self._reached(batch), case
         if case != self.case:

@@ -59,7 +59,7 @@ class Split:
 
     Raises:
         ValueError: the numbers of rows or the devices differ; inputs or targets are of another type or shape, not
-            finite, or labels negative; or uint8 inputs come without mean and std.
+            finite, or labels negative; or uint8 inputs come without mean and std, or others with them.
         TypeError: something is not a tensor.
     """
 
@@ -76,6 +76,8 @@ class Split:
         check_targets(self.targets)
         if self.inputs.dtype == torch.uint8 and (self.mean is None or self.std is None):
             raise ValueError("uint8 inputs need mean= and std= to be normalised with")
+        if self.inputs.dtype != torch.uint8 and not (self.mean is None and self.std is None):
+            raise ValueError(f"mean= and std= are for uint8 images, the inputs are {self.inputs.dtype}; leave them out")
 
     def __repr__(self) -> str:
         """Say how many rows of what, without the numbers in them."""

@@ -50,7 +50,7 @@ from adalfl_lite.stacking import (
     stacked_step,
     task_losses,
 )
-from adalfl_lite.training import evaluate, resume_checkpoint, save_checkpoint
+from adalfl_lite.training import describe, evaluate, resume_checkpoint, save_checkpoint
 
 
 def fit_seeds(
@@ -110,7 +110,7 @@ def fit_seeds(
     meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate) if loss and online else None
 
     run = {
-        "data": datasets[0].name,
+        **describe(optimizer, *datasets),
         "seeds": list(seeds),
         "steps": steps,
         "batch_size": batch_size,
@@ -118,7 +118,6 @@ def fit_seeds(
         "meta_batches": meta_batches,
         "evaluate_every": evaluate_every,
         "meta_learning_rate": meta_learning_rate,
-        "learning_rate": [group["lr"] for group in optimizer.param_groups],
     }
     parts: dict[str, Any] = {"models": stack, "optimizer": optimizer}
     for i, (sampler, meta_sampler) in enumerate(zip(batches, metas, strict=True)):

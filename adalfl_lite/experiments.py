@@ -268,8 +268,18 @@ def final_errors(results: pd.DataFrame) -> pd.DataFrame:
 def provenance(device: str = "cpu") -> dict[str, str]:
     """What a result depends on: versions, device, and the commit (of a checkout) when this process first asked."""
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.processor() or "cpu"
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 -- nothing in it is a user's
-    commit = git.stdout.strip() or "unknown"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "commit": _commit() or "unknown"}
+    return {"device": name, **versions}
+
+
+def _commit() -> str:
+    """Of the checkout that holds this very file; nothing where there is none, or no git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()  # noqa: S603 -- no user's words
+
+    try:
+        return git("ls-files", Path(__file__).name) and git("rev-parse", "--short", "HEAD")
+    except OSError:
+        return ""

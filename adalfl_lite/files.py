@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -52,14 +53,24 @@ def check_writable(path: str | os.PathLike) -> None:
 def atomic_save(payload: Any, path: str | os.PathLike) -> None:
     """``torch.save(payload, path)``, atomically. The payload must be loadable with ``weights_only=True``.
 
+    NumPy's numbers, which are not, become Python's.
+
     Raises:
         OSError: it cannot be written, because the disk is full for one; an earlier file at ``path`` is kept.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(payload, file)
+            torch.save(_plain(payload), file)
         except RuntimeError as error:  # torch's writer hides what the file said
             raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {_plain(key): _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def load_payload(path: str | os.PathLike, format: str) -> dict:

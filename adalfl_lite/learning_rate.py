@@ -37,7 +37,7 @@ from adalfl_lite.initialisation import (
     validator,
 )
 from adalfl_lite.losses import Loss, task_error, task_loss
-from adalfl_lite.metagradient import Batch, plain_step, trained_parameter_names
+from adalfl_lite.metagradient import Batch, eval_mode, plain_step, trained_parameter_names
 from adalfl_lite.updates import optimizer_parameters
 
 PROPORTIONAL = (
@@ -277,10 +277,8 @@ def implied_multiplier(model: nn.Module, loss: Loss, task_loss: Loss, batch: Bat
 
     The model is run in eval mode, which is put back. NaN where ∇L = 0.
     """
-    training = model.training
-    model.eval()
-    prediction = model(batch[0])
-    model.train(training)
+    with eval_mode(model):
+        prediction = model(batch[0])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     learned, task = (torch.autograd.grad(f(prediction, batch[1]), parameters, **options) for f in (loss, task_loss))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalfl_lite.losses import check_regression
+from adalfl_lite.metagradient import eval_mode
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 """Called as (predicted, true), both (B,) with B even: example i is paired with i + B/2. Returns a scalar, a mean."""
@@ -170,13 +171,9 @@ class FeatureTap:
 
 def predict_losses(model: nn.Module, module: nn.Module, layers: Sequence[nn.Module], inputs: Tensor) -> Tensor:
     """The scores (B,) of ``inputs``, both networks in eval mode (put back afterwards), without a graph."""
-    modes = model.training, module.training
-    model.eval(), module.eval()
-    with torch.no_grad(), FeatureTap(layers) as tap:
+    with torch.no_grad(), eval_mode(model, module), FeatureTap(layers) as tap:
         model(inputs)
-        scores = module(tap.maps)
-    model.train(modes[0]), module.train(modes[1])
-    return scores
+        return module(tap.maps)
 
 
 def train_with_loss_module(

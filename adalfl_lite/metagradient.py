@@ -28,7 +28,8 @@ the meta batch passes through the model in its current mode and leaves buffers a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -281,11 +282,14 @@ def unrolled_step(
 def plain_step(
     model: nn.Module, loss: Loss, optimizer: Optimizer, batch: Batch, *, autocast: torch.dtype | None = None
 ) -> Tensor:
-    """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step."""
+    """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step.
+
+    Nothing but the optimizer's parameters gets a gradient: a learned loss is not differentiated by φ.
+    """
     optimizer.zero_grad()
     value = loss(forward(model, {}, batch[0], autocast), batch[1])
     check_scalar(value)
-    value.backward()
+    value.backward(inputs=[parameter for parameter in optimizer_parameters(optimizer) if parameter.requires_grad])
     optimizer.step()
     return value.detach()
 
@@ -371,6 +375,19 @@ def _versions(model: nn.Module, batch: Batch) -> list[Any]:
     """Changes whenever a tensor that a pass depends on is changed in place, or a module its mode."""
     tensors = [*batch, *model.parameters(), *model.buffers()]
     return [[(t.data_ptr(), t._version) for t in tensors], [module.training for module in model.modules()]]
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Run a block with the modules in eval mode; every layer's own mode is put back."""
+    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 class RandomState:

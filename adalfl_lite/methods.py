@@ -7,6 +7,7 @@ comparison, the next ones the controls that make it fair, the rest other losses 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import math
 import os
@@ -53,6 +54,8 @@ SEARCH_STEPS = 200
 """taylorglo and evomal score a loss by a training of this many steps, or of the task's own where that is shorter."""
 SEARCH_BUDGET: dict[str, dict[str, int]] = {"taylorglo": {}, "evomal": {}}
 """Generations and population, where they are not the defaults of the search."""
+SEARCH_LIBRARY = {"taylorglo": "cma", "evomal": "deap"}
+"""What searches; comes with ``pip install 'adalfl-lite[methods]'``."""
 SCHEDULE_ROWS = 2000
 """rate-replay measures the implied schedule on so many training rows at most."""
 DYNAMICAL_AMPLITUDE, DYNAMICAL_CYCLES = 10.0, 10
@@ -136,10 +139,12 @@ def get_method(name: str) -> Method:
 
 
 def check_applies(method: str, task: Task) -> None:
-    """Raise ``ValueError`` unless ``method`` is known and made for the kind of ``task``."""
+    """Raise ``ValueError`` unless ``method`` is known, installed, and made for the kind of ``task``."""
     kinds = get_method(method).kinds
     if task.kind not in kinds:
         raise ValueError(f"method {method!r} is for {' and '.join(kinds)}, task {task.name!r} is {task.kind}")
+    if (library := SEARCH_LIBRARY.get(method)) and importlib.util.find_spec(library) is None:
+        raise ValueError(f"method {method!r} needs {library}, which is not here; pip install 'adalfl-lite[methods]'")
 
 
 def training_steps(task: Task, method: str) -> int:
@@ -383,8 +388,10 @@ def implied_schedule(prepared: Prepared, method: str, seed: int, device: str) ->
     multipliers: list[float] = []
 
     def record(step: int, model: torch.nn.Module, loss: Loss) -> None:
-        steps.append(step)
-        multipliers.append(implied_multiplier(model, loss, plain, batch))
+        multiplier = implied_multiplier(model, loss, plain, batch)
+        if math.isfinite(multiplier):  # else the task loss has no gradient left to multiply
+            steps.append(step)
+            multipliers.append(multiplier)
 
     train(prepared, method, seed, device=device, callback=record)
     return steps, multipliers

@@ -226,6 +226,11 @@ def _check_loss_network(loss_network: nn.Module, model: nn.Module, meta_optimize
             f"{type(loss_network).__name__} has no parameter that requires a gradient; to keep the loss as it is,"
             " use meta_learning_rate=0, or train without OnlineLoss"
         )
+    devices = [next(module.parameters()).device for module in (loss_network, model)]
+    if devices[0] != devices[1]:
+        raise ValueError(
+            f"the loss network is on {devices[0]}, the model on {devices[1]}; use loss_network.to({str(devices[1])!r})"
+        )
     if phi & {id(parameter) for parameter in model.parameters()}:
         raise ValueError("the model and the loss network share a parameter; give each its own")
     if meta_optimizer is not None and not phi >= {id(parameter) for parameter in optimizer_parameters(meta_optimizer)}:

@@ -9,6 +9,7 @@ the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, has torch choose k
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import math
 import os
@@ -30,7 +31,7 @@ from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import atomic_save, check_writable, load_payload
 from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, OnlineLearningRate
 from adalfl_lite.losses import Loss, task_error, task_loss
-from adalfl_lite.metagradient import Batch, plain_step
+from adalfl_lite.metagradient import Batch, eval_mode, plain_step
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
 
 FORMAT = "adalfl-checkpoint-1"
@@ -93,8 +94,8 @@ def fit(
         seed: seeds the order of the batches; seed torch yourself before drawing ``model``.
         evaluate_every: steps between evaluations; a twentieth of the run by default.
         callback: called at every evaluation with (step, model, loss).
-        checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU; a
-            finished run is returned as it was.
+        checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU (but
+            for dropout where ``engine="shared"`` and ``augment`` meet); a finished run is returned as it was.
         on_divergence: what to do about a step that is not finite. "raise" stops; the checkpoint keeps the last
             evaluation. "skip" undoes the step, and "restore" goes back to the last evaluation; both warn, go on with
             the next batch, and stop at the eleventh such step between two evaluations. They cost a look at the
@@ -139,7 +140,8 @@ def fit(
         raise ValueError(f"the loss network is for {loss.kind}, the data set {data.name!r} for {data.kind}")  # type: ignore
     device = _device_of(model, device)
     check_trainable(model, optimizer)
-    if inspect.signature(optimizer.step).parameters["closure"].default is not None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is not None:
         raise TypeError(f"{type(optimizer).__name__} needs a closure, which fit has not; use one such as SGD or Adam")
     if checkpoint is not None:
         check_writable(checkpoint)
@@ -182,19 +184,19 @@ def fit(
             compile=compile,
         )
     run = {
-        "data": data.name,
+        **describe(optimizer, data),
+        "loss": _name(loss),
         "steps": steps,
         "batch_size": batch_size,
         "online": online,
         "learn": learn,
         "meta_batches": meta_batches,
-        "augment": getattr(augment, "__name__", type(augment).__name__) if augment else None,
+        "augment": _name(augment) if augment else None,
         "seed": seed,
         "evaluate_every": evaluate_every,
         "meta_learning_rate": meta_learning_rate,
         "clip_meta_gradient": clip_meta_gradient,
         "on_divergence": on_divergence,
-        "learning_rate": [group["lr"] for group in optimizer.param_groups],
     }
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches, "metas": metas}
     if isinstance(loss, nn.Module):
@@ -205,6 +207,9 @@ def fit(
         parts["learned_rate"] = learner.learning_rate
     if scheduler:
         parts["scheduler"] = scheduler
+    drawn = NextBatch(device)
+    if meta_batches == "next":
+        parts["next_batch"] = drawn
     history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = resume_checkpoint(checkpoint, run, parts)
@@ -227,20 +232,20 @@ def fit(
         record(0, math.nan, math.nan)
     losses: list[Tensor] = []
     meta_losses: list[Tensor] = []
-    learned = {name: part for name, part in parts.items() if part not in (batches, metas)}
+    learned = {name: part for name, part in parts.items() if part not in (batches, metas, drawn)}
     good = _states(learned) if on_divergence == "restore" else {}
     undone = 0
     clock = time.perf_counter()
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, leave=None, desc="fit")
-    meta_batch: Batch | None = None
     for step in bar:
         rows = next(batches)
-        batch = read(train, rows) if meta_batches != "next" or meta_batch is None else meta_batch
+        batch = drawn.batch or read(train, rows)
         if on_divergence == "skip":
             good = _states(learned)
         try:
             if learner:
                 meta_batch = read(meta, next(metas))
+                drawn.batch = meta_batch if meta_batches == "next" else None
                 result = learner.step(batch, meta_batch)
                 losses.append(result.learned_loss)
                 meta_losses.append(result.task_loss)
@@ -276,7 +281,7 @@ def fit(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) -> tuple[float, float]:
-    """(error, task loss) of ``model`` in eval mode over a whole split; the model's mode is put back.
+    """(error, task loss) of ``model`` in eval mode over a whole split; the mode of every layer is put back.
 
     Raises:
         ValueError: the split is empty, or the model's outputs do not fit its targets.
@@ -287,15 +292,13 @@ def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) 
         raise TypeError(f"split must be a Split, such as data.test, got {type(split).__name__}")
     if not len(split):
         raise ValueError("the split is empty; there is nothing to evaluate on")
-    training = model.training
-    model.eval()
     totals = [0.0, 0.0]
-    for start in range(0, len(split), batch_size):
-        inputs, targets = split[start : start + batch_size]
-        prediction = check_output(model(inputs)).float()
-        for i, measure in enumerate((task_error(kind), task_loss(kind))):
-            totals[i] += measure(prediction, targets).item() * len(targets)
-    model.train(training)
+    with eval_mode(model):
+        for start in range(0, len(split), batch_size):
+            inputs, targets = split[start : start + batch_size]
+            prediction = check_output(model(inputs)).float()
+            for i, measure in enumerate((task_error(kind), task_loss(kind))):
+                totals[i] += measure(prediction, targets).item() * len(targets)
     return totals[0] / len(split), totals[1] / len(split)
 
 
@@ -337,12 +340,48 @@ def _states(parts: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
 
+def _name(part: Any) -> str:
+    return getattr(part, "__name__", type(part).__name__)
+
+
+def describe(optimizer: Optimizer, *datasets: Dataset) -> dict[str, Any]:
+    """What tells a run from one with other data, other rows or labels of it, or another optimizer."""
+    rows = [part.cpu().numpy().tobytes() for data in datasets for part in (data.train.indices, data.train.targets)]
+    groups = optimizer.param_groups
+    return {
+        "data": datasets[0].name,
+        "rows": hashlib.sha256(b"".join(rows)).hexdigest()[:12],
+        "optimizer": _name(optimizer),
+        "learning_rate": [group["lr"] for group in groups],
+        **{name: [group[name] for group in groups] for name in optimizer.defaults if name != "lr"},
+    }
+
+
+class NextBatch:
+    """The next step's training batch, where it has been drawn already, as a part of a checkpoint."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin with none."""
+        self.batch: Batch | None = None
+        self.device = device
+
+    def state_dict(self) -> dict[str, Batch | None]:
+        """The batch."""
+        return {"batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Batch | None]) -> None:
+        """Take it up."""
+        batch = state["batch"]
+        self.batch = None if batch is None else (batch[0].to(self.device), batch[1].to(self.device))
+
+
 def save_checkpoint(path: str | os.PathLike, run: dict, parts: dict[str, Any], history: list[dict]) -> None:
     """Save the settings of a run, the state of every part, the history and torch's random state, atomically."""
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
     states = {name: part.state_dict() for name, part in parts.items()}
+    run = {**run, "parts": sorted(parts)}
     atomic_save({"format": FORMAT, "run": run, "history": history, "random": random, **states}, path)
 
 
@@ -353,6 +392,7 @@ def resume_checkpoint(path: str | os.PathLike, run: dict, parts: dict[str, Any])
         ValueError: the file is damaged, or of a run with other settings or parts.
     """
     saved = load_payload(path, FORMAT)
+    run = {**run, "parts": sorted(parts)}
     if missing := {"run", "history", "random"} - saved.keys():
         raise ValueError(f"{path} is not a whole checkpoint, it lacks {', '.join(sorted(missing))}; delete it")
     different = [

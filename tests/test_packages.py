@@ -119,6 +119,11 @@ def test_a_module_is_read_in_one_sitting(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
+@pytest.mark.parametrize("package", ["adalfl_lite", "analysis"])
+def test_type_checkers_are_told_that_the_packages_are_typed(package):
+    assert (ROOT / package / "py.typed").is_file()
+
+
 def test_the_method_imports_no_plotting_and_no_command_line():
     """Training on a cluster needs neither; the import stays quick."""
     for name in METHOD:

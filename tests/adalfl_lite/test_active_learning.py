@@ -103,5 +103,7 @@ def test_what_cannot_be_done_is_refused():
         active_learning(DIABETES, "best")
     with pytest.raises(ValueError, match="for regression; iris is classification"):
         active_learning(load_dataset("iris"), "random")
+    with pytest.raises(ValueError, match="members must be at least 2, got 1"):
+        active_learning(DIABETES, "ensemble", **{**OPTIONS, "members": 1})
     with pytest.raises(ValueError, match=r"cannot label 100 \+ 4 x 100 rows of 266"):
         active_learning(DIABETES, "random")

@@ -91,6 +91,21 @@ def test_it_is_the_step_that_is_not_compiled(kind, make_optimizer, network, trac
     check_equal(learners, [(batch(kind=kind), batch(9, kind))], 1e-10)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_is_frozen_or_unfrozen_later_stays_or_moves_as_without_compiling(step, traced):
+    learners = make(make_optimizer=partial(torch.optim.SGD, lr=0.1))
+    same = batch()
+    check_equal(learners, [(same, same)] * step, 1e-10)
+    for learner in learners:
+        learner.model.frozen.requires_grad_(True)
+        learner.model.last.requires_grad_(False)
+    before = copy.deepcopy(learners[0].model)
+    check_equal(learners, [(same, same)], 1e-10)
+    after = learners[0].model
+    assert not torch.equal(before.frozen.weight, after.frozen.weight)
+    assert torch.equal(before.last.weight, after.last.weight)
+
+
 @pytest.mark.slow
 def test_generated_code_computes_the_same_in_float32():
     check_equal(make(dtype=torch.float32, hidden=(4,)), [(batch(dtype=torch.float32),) * 2 for _ in range(3)], 1e-5)

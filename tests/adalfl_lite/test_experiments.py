@@ -3,6 +3,9 @@
 import math
 import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +139,30 @@ def test_provenance_says_what_a_result_depends_on(results):
     assert found["torch"] == torch.__version__ and all(isinstance(value, str) and value for value in found.values())
     for name, value in found.items():
         assert set(results[name]) == {value}
+
+
+@pytest.mark.parametrize("place", ["no git", "another repository"])
+def test_provenance_of_a_copy_without_a_checkout_names_no_commit(place, tmp_path, monkeypatch):
+    """What lies in an environment inside somebody's repository is not of that repository's commit."""
+    git = shutil.which("git")
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        options = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        subprocess.run([git, "-C", str(tmp_path), *options, *command], check=True)
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
+    if place == "no git":
+        monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    provenance.cache_clear()
+    assert provenance()["commit"] == "unknown"
+    monkeypatch.undo()
+    provenance.cache_clear()
+
+
+@pytest.mark.parametrize(("method", "library"), [("taylorglo", "cma"), ("evomal", "deap")])
+def test_a_search_whose_library_is_not_installed_is_refused_before_any_training(method, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=rf"{method}' needs {library}, .* pip install 'adalfl-lite\[methods\]'"):
+        compare(["iris"], ["handcrafted", method], [0])
 
 
 def test_final_errors_are_the_last_rows(results):

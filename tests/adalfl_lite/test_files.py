@@ -3,6 +3,7 @@
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,14 @@ def test_written_at_once_in_a_new_folder_with_nothing_beside_it(tmp_path):
         assert not path.exists()
     assert path.read_text() == "whole"
     assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_numpys_numbers_are_saved_as_pythons(tmp_path):
+    numbers = {"float": np.float64(0.5), "nested": [np.int64(3), (np.bool_(True), {np.int32(2): np.float32(0.25)})]}
+    atomic_save({"format": FORMAT, **numbers, "tensor": torch.ones(2)}, tmp_path / "file")
+    found = load_payload(tmp_path / "file", FORMAT)
+    assert {name: found[name] for name in numbers} == {"float": 0.5, "nested": [3, (True, {2: 0.25})]}
+    assert torch.equal(found["tensor"], torch.ones(2))
 
 
 def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path):

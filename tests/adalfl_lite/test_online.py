@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from adalfl_lite.checks import check_values
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
 
@@ -378,3 +379,31 @@ def test_what_cannot_work_is_refused_before_the_first_step():
         OnlineLoss(model, network, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="unfreeze some of the model"):
         OnlineLoss(model.requires_grad_(False), network, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("which", ["tokens", "one column"])
+def test_a_divergence_is_told_as_one_whatever_the_shape_of_the_data(which):
+    """Token numbers as inputs, or regression targets of one dimension, are nothing to complain of."""
+    torch.manual_seed(0)
+    if which == "tokens":
+        model, network = (
+            nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)),
+            LossNetwork.default("classification"),
+        )
+        batch = torch.randint(7, (10, 3)), torch.randint(3, (10,))
+    else:
+        model, network = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), LossNetwork.default("regression")
+        batch = torch.randn(10, 5), torch.randn(10)
+    online = learner(model, network)
+    online.step(batch, batch)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        online.step(batch, batch)
+
+
+def test_the_row_of_a_target_that_is_not_finite_is_named():
+    targets = torch.zeros(5)
+    targets[3] = math.nan
+    with pytest.raises(ValueError, match=r"batch: targets are not finite \(first in row 3\)"):
+        check_values((torch.zeros(5, 2), targets), "batch")

@@ -46,10 +46,11 @@ def make_parts(kind="classification", seed=0, lr=0.05):
 OPTIONS = {"steps": 40, "batch_size": 16, "evaluate_every": 8, "seed": 3, "progress": False}
 
 
-def train_online(checkpoint=None, kill_after=None, **options):
+def train_online(checkpoint=None, kill_after=None, dropout=0.3, **options):
     """40 online steps; with ``kill_after`` the process kills itself in the training forward pass after so many."""
     torch.set_num_threads(1)
     model, network, optimizer = make_parts()
+    model[3].p = dropout
     passes = 0
 
     def count(module, inputs):
@@ -244,7 +245,21 @@ def test_killed_midway_and_run_again_it_ends_bit_for_bit_where_it_would_have(tmp
     assert history.seconds.is_monotonic_increasing
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "shared", "meta_batches": "next"}], ids=["forward", "shared"])
+def jitter(inputs):
+    """An augmentation."""
+    return inputs + 0.1 * torch.randn_like(inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"engine": "shared", "meta_batches": "next"},
+        {"augment": jitter},
+        {"engine": "shared", "meta_batches": "next", "augment": jitter, "dropout": 0.0},  # the next batch is drawn
+    ],
+    ids=["forward", "shared", "augmented", "shared and augmented"],
+)
 def test_a_run_cut_short_by_an_exception_resumes_and_a_finished_one_is_returned(options, tmp_path):
     """The same within one process, and from a checkpoint at every evaluation."""
     whole, whole_model, whole_network = train_online(**options)
@@ -306,9 +321,64 @@ def test_a_checkpoint_of_another_model_data_set_or_learning_rate_is_refused(fini
     model, network, optimizer = make_parts(lr=0.01)
     with pytest.raises(ValueError, match=r"learning_rate \[0.05\] -> \[0.01\]"):
         fit(model, network, make_data(), optimizer=optimizer, **options)
-    model = nn.Linear(6, 3)
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
     with pytest.raises(ValueError, match="does not fit this run's model"):
-        fit(model, network, make_data(), optimizer=torch.optim.SGD(model.parameters(), lr=0.05), **options)
+        fit(model, network, make_data(), optimizer=optimizer, **options)
+
+
+def test_a_checkpoint_of_another_loss_split_optimizer_or_without_the_scheduler_is_refused(tmp_path):
+    def train(loss=F.cross_entropy, data=None, scheduled=True, **changes):
+        model, _, optimizer = make_parts()
+        optimizer.param_groups[0] |= changes
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10) if scheduled else None
+        options = {**OPTIONS, "scheduler": scheduler, "checkpoint": tmp_path / "c"}
+        return fit(model, loss, data or make_data(), optimizer=optimizer, **options)
+
+    whole = train()
+    same_history(train(), whole)
+    for change, message in (
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss 'cross_entropy' -> 'CrossEntropyLoss'"),
+        ({"data": make_data(seed=1)}, "rows '[0-9a-f]{12}' -> '[0-9a-f]{12}'"),
+        ({"momentum": 0.5}, r"momentum \[0.9\] -> \[0.5\]"),
+        ({"scheduled": False}, "parts .*'scheduler'.* -> "),
+    ):
+        with pytest.raises(ValueError, match=f"of another run .*{message}"):
+            train(**change)
+
+
+def test_evaluation_puts_the_mode_of_every_layer_back():
+    model, _, _ = make_parts()
+    model.train()
+    model[1].eval()
+    before = [layer.training for layer in model.modules()]
+    evaluate(model, make_data().test, "classification")
+    assert [layer.training for layer in model.modules()] == before
+    with pytest.raises(RuntimeError):
+        evaluate(model, Split(torch.randn(2, 5), torch.tensor([0, 1]), torch.arange(2)), "classification")
+    assert [layer.training for layer in model.modules()] == before
+
+
+def test_a_loss_network_that_is_not_learned_gets_no_gradient_and_nor_does_what_is_not_trained():
+    model, network, _ = make_parts()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.05)
+    fit(model, network, make_data(), optimizer=optimizer, **OPTIONS)
+    assert all(p.grad is None for p in [*network.parameters(), *model[0].parameters()])
+    assert all(p.grad is not None for p in model[4].parameters())
+
+
+def test_an_optimizer_whose_step_takes_no_closure_serves():
+    class Plain(torch.optim.SGD):
+        def step(self):
+            return super().step()
+
+    (model, loss, optimizer), (twin, _, _) = make_parts(), make_parts()
+    options = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+    torch.manual_seed(1)
+    fit(model, loss, make_data(), optimizer=optimizer, **OPTIONS)
+    torch.manual_seed(1)
+    fit(twin, loss, make_data(), optimizer=Plain(twin.parameters(), **options), **OPTIONS)
+    assert torch.equal(flat(model), flat(twin))
 
 
 @pytest.fixture(scope="module")
