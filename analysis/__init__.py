@@ -71,6 +71,9 @@ from analysis.gradients import (
 )
 from analysis.label_smoothing import (
     LabelSmoothing,
+    LogitStatistics,
+    PenultimateStatistics,
+    RestingPoint,
     fit_label_smoothing,
     implied_label_smoothing,
     logit_gradient,
@@ -124,9 +127,12 @@ __all__ = [
     "Interval",
     "LabelSmoothing",
     "Line",
+    "LogitStatistics",
     "PairedTest",
+    "PenultimateStatistics",
     "Plane",
     "Recorder",
+    "RestingPoint",
     "SpectralDensity",
     "StoppingPoint",
     "Trace",

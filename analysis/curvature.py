@@ -74,7 +74,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """The density p(λ) = 1/P Σ_i δ(λ − λ_i), smoothed, at ``eigenvalues`` (n,); it integrates to one. Both float64."""
+    """The density p(λ) = 1/P Σ_i δ(λ − λ_i), smoothed, at ``eigenvalues`` (n,), both float64.
+
+    It integrates to one; of fewer than twenty nodes to less, for their wide bumps reach beyond the ends.
+    """
 
     eigenvalues: np.ndarray
     density: np.ndarray
@@ -272,7 +275,7 @@ def adaptive_sharpness(model: nn.Module, loss: Loss, data: Data, rho: float = 0.
 def _rise(model: nn.Module, loss: Loss, data: Data, rho: float, batchnorm: str, adaptive: bool) -> float:
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}")
-    with _prepared(model, loss, data, batchnorm) as (net, parameters, batches):
+    with _plain_kernels(model), _prepared(model, loss, data, batchnorm) as (net, parameters, batches):
         total = sum(len(x) for x, _ in batches)
         gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         before = after = 0.0

@@ -57,7 +57,7 @@ def push_and_gap(model: nn.Module, loss: Loss, task_loss: Loss, train: Data, val
         model: f_θ. Gradients are taken in the modes it is in, task losses in eval mode.
         loss: M, (prediction, target) -> scalar, a mean over the batch.
         task_loss: L, likewise.
-        train: one (inputs, targets) pair or a loader: the examples that M trains on.
+        train: one (inputs, targets) pair or a loader, which is read twice: the examples that M trains on.
         valid: held-out examples.
 
     Returns:
@@ -165,7 +165,7 @@ def plot_early_stopping(
 
     Args:
         frame: as in :func:`stopping_point`. Besides ``by``, whichever of scale, gradient_norm and task_gradient_norm
-            it has are drawn thin.
+            it has are drawn thin, but for one that is zero throughout or has a gap.
         axes: (upper, lower); two stacked axes that share x, on the current figure, if None.
         threshold: of :func:`stopping_point`; dashed.
         by: the column that decides.
@@ -183,7 +183,7 @@ def plot_early_stopping(
     found = stopping_point(frame, threshold, by)
     upper, lower = plt.gcf().subplots(2, 1, sharex=True) if axes is None else axes
     for i, column in enumerate(dict.fromkeys([by, *MEASURES])):
-        if column in frame:
+        if column in frame and (column == by or (np.isfinite(frame[column]).all() and frame[column].any())):
             push, width = relative_push(frame, column), 1.6 if column == by else 0.8
             upper.plot(push.index, push, color=PALETTE[2 + i], linewidth=width, label=MEASURES.get(column, column))
     upper.axhline(threshold, color="0.5", linestyle="--", linewidth=0.8)

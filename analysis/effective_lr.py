@@ -15,7 +15,7 @@ of c is mostly its changes over time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -121,10 +121,11 @@ def implied_schedule(frame: pd.DataFrame, learning_rate: float | Callable[[int],
         learning_rate: α > 0 of the optimizer, or α(step).
 
     Returns:
-        The frame with two more columns, learning_rate and effective_lr. To train with the task loss under this
-        schedule, the control that tells what M does beyond it (exact for plain gradient descent)::
+        The frame with two more columns, learning_rate and effective_lr. To train with the task loss under the schedule
+        ``found``, the control that tells what M does beyond it (exact for plain gradient descent)::
 
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: np.interp(t, frame.step, frame.scale))
+            factors = found.effective_lr / found.learning_rate.iloc[0]  # of α(0), which the optimizer is built with
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: np.interp(t, found.step, factors))
 
     Raises:
         ValueError: a missing column, no row, or a learning rate that is not positive and finite.
@@ -231,9 +232,19 @@ def plot_layer_schedule(frame: pd.DataFrame, ax: Axes | None = None, y: str = "s
     norm = LogNorm(frame[y].min(), frame[y].max()) if log else Normalize(-largest if signed else 0, largest)
     cmap = DIVERGING if signed else SEQUENTIAL
     rows = range(len(table))
-    cells = ax.pcolormesh(table.columns, rows, table, norm=norm, cmap=sns.color_palette(cmap, as_cmap=True))
+    edges = _edges(table.columns), _edges(rows)
+    cells = ax.pcolormesh(*edges, table, norm=norm, cmap=sns.color_palette(cmap, as_cmap=True))
     ax.figure.colorbar(cells, ax=ax, label=label(y))
     ax.grid(False)
     ax.invert_yaxis()
     ax.set(xlabel=label("step"), ylabel="", yticks=rows, yticklabels=table.index)
     return ax
+
+
+def _edges(centres: Sequence[float]) -> np.ndarray:
+    """Of cells that meet half way between these; one cell alone is as wide as one."""
+    values = np.asarray(centres, dtype=float)
+    if len(values) == 1:
+        return values + [-0.5, 0.5]
+    middles = (values[1:] + values[:-1]) / 2
+    return np.concatenate([[2 * values[0] - middles[0]], middles, [2 * values[-1] - middles[-1]]])

@@ -113,8 +113,9 @@ def per_sample_gradients(
     The model runs in eval mode: an example has a gradient of its own only where BatchNorm and dropout do not tie it to
     the others. ``chunk_size`` examples are differentiated at once by torch.func.vmap.
     """
-    chunks = _per_sample(model, loss, batch, state, chunk_size)
-    return torch.cat([torch.cat([g.flatten(1) for g in chunk.values()], dim=1) for chunk in chunks])
+    with preserved(model, training=False):
+        chunks = _per_sample(model, loss, batch, state, chunk_size)
+        return torch.cat([torch.cat([g.reshape(len(g), -1) for g in chunk.values()], dim=1) for chunk in chunks])
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,8 @@ def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor
 
 
 def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
-    """The checked batches of ``data`` on the device of the model."""
-    device = next(model.parameters()).device
+    """The checked batches of ``data`` on the device of the model, if it has anything that is on one."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     for inputs, targets in as_batches(data):
         yield inputs.to(device), targets.to(device)
 
@@ -278,7 +279,7 @@ def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
 def _per_sample(
     model: nn.Module, loss: Loss, data: Data, state: State | None, chunk_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Per-sample gradients in chunks, {name: (chunk, *shape)}."""
+    """Per-sample gradients in chunks, {name: (chunk, *shape)}; to be called in a ``preserved`` block in eval mode."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     parameters, buffers = split_state(model, state)
@@ -289,8 +290,7 @@ def _per_sample(
     gradient = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
     for inputs, targets in on_device(data, model):
         for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
-            with preserved(model, training=False):
-                chunk = gradient(parameters, x, y)
+            chunk = gradient(parameters, x, y)
             if not all(torch.isfinite(g).all() for g in chunk.values()):
                 raise ValueError("a per-sample gradient is not finite; check the loss and the data")
             yield chunk
@@ -303,16 +303,17 @@ def _moments(
     means: dict[str, Tensor] = {}
     scatters: dict[str, float] = {}
     count = 0
-    for chunk in _per_sample(model, loss, data, state, chunk_size):
-        new = len(next(iter(chunk.values())))
-        for name, gradients in chunk.items():
-            gradients = gradients.double()
-            mean = gradients.mean(0)
-            shift = mean - means.get(name, torch.zeros_like(mean))
-            between = shift.square().sum() * count * new / (count + new)
-            scatters[name] = scatters.get(name, 0.0) + ((gradients - mean).square().sum() + between).item()
-            means[name] = means.get(name, torch.zeros_like(mean)) + shift * new / (count + new)
-        count += new
+    with preserved(model, training=False):
+        for chunk in _per_sample(model, loss, data, state, chunk_size):
+            new = len(next(iter(chunk.values())))
+            for name, gradients in chunk.items():
+                gradients = gradients.double()
+                mean = gradients.mean(0)
+                shift = mean - means.get(name, torch.zeros_like(mean))
+                between = shift.square().sum() * count * new / (count + new)
+                scatters[name] = scatters.get(name, 0.0) + ((gradients - mean).square().sum() + between).item()
+                means[name] = means.get(name, torch.zeros_like(mean)) + shift * new / (count + new)
+            count += new
     if count < 2:
         raise ValueError(f"the noise of a gradient needs at least 2 examples, got {count}")
     return means, scatters, count

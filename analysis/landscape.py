@@ -24,6 +24,7 @@ Everything else, dropout for one, is in eval mode, and the model is left as it w
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
     Each filter of a direction, d_ij of the tensor i, is scaled to the norm of the weights' filter:
     d_ij ← d_ij ‖θ_ij‖ / ‖d_ij‖. A filter is an entry along the first dimension: an output channel of a convolution,
     a row of a linear layer. Parameters of one dimension or none stay in place, as in the paper: biases, and the scales
-    and shifts of BatchNorm and other normalisation layers.
+    and shifts of BatchNorm and most other normalisation layers. (A LayerNorm over several dimensions has others.)
 
     Args:
         model: gives the trainable parameters (``requires_grad``).
@@ -361,17 +362,17 @@ def _losses(
 
 
 def _running_statistics(net: nn.Module, values: dict[str, Tensor], batches: list[Batch]) -> dict[str, Tensor]:
-    """The running statistics of every BatchNorm layer at ``values``, averaged over the batches."""
+    """The running statistics of every BatchNorm layer at ``values``, averaged over the batches and a layer's calls."""
     norms = {name: norm for name, norm in batch_norms(net).items() if norm.running_mean is not None}
     statistics: dict[str, Tensor] = {}
-    share = 0.0
+    calls: dict[str, list[Tensor]] = defaultdict(list)
 
     def record(name: str, norm: nn.Module) -> RemovableHandle:
         def hook(_: nn.Module, arguments: tuple[Tensor]) -> None:
             dims = [0, *range(2, arguments[0].ndim)]
             variance, mean = torch.var_mean(arguments[0], dims)
             for key, value in ((f"{name}.running_mean", mean), (f"{name}.running_var", variance)):
-                statistics[key] = statistics.get(key, 0) + share * value
+                calls[key].append(value)
 
         return norm.register_forward_pre_hook(hook)
 
@@ -382,6 +383,9 @@ def _running_statistics(net: nn.Module, values: dict[str, Tensor], batches: list
         for x, _ in batches:
             share = len(x) / sum(len(x) for x, _ in batches)
             functional_call(net, values, (x,))
+            for key, found in calls.items():
+                statistics[key] = statistics.get(key, 0) + share * torch.stack(found).mean(0)
+            calls.clear()
     finally:
         for norm, hook in zip(norms.values(), hooks, strict=True):
             norm.training = False

@@ -154,7 +154,7 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, seed: int 
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # equal differences: t is infinite, as documented
             t, t_pvalue = stats.ttest_1samp(difference, 0.0)
-            wilcoxon, wilcoxon_pvalue = stats.wilcoxon(difference)
+            wilcoxon, wilcoxon_pvalue = stats.wilcoxon(without_rounding(difference, a, b))
     return PairedTest(
         n=len(a),
         difference=float(difference.mean()),
@@ -166,6 +166,12 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, seed: int 
         wilcoxon=float(wilcoxon),
         wilcoxon_pvalue=float(wilcoxon_pvalue),
     )
+
+
+def without_rounding(difference: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Take from a − b what rounding added, so that equal differences are ties to a rank test: 12 digits remain."""
+    unit = max(np.abs(a).max(), np.abs(b).max())
+    return np.round(difference / unit, 12) if unit else difference
 
 
 def cohens_d(a: ArrayLike, b: ArrayLike, paired: bool = False) -> float:
@@ -182,8 +188,10 @@ def cohens_d(a: ArrayLike, b: ArrayLike, paired: bool = False) -> float:
         mean, deviation = (a - b).mean(), (a - b).std(ddof=1) if np.ptp(a - b) else 0.0
     else:
         a, b = _sample(a, "a"), _sample(b, "b")
-        squares = (len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)
-        mean, deviation = a.mean() - b.mean(), np.sqrt(squares / (len(a) + len(b) - 2))
+        # the mean of equal numbers need not be their number
+        means, variances = zip(*((s.mean(), s.var(ddof=1)) if np.ptp(s) else (s[0], 0.0) for s in (a, b)), strict=True)
+        squares = (len(a) - 1) * variances[0] + (len(b) - 1) * variances[1]
+        mean, deviation = means[0] - means[1], np.sqrt(squares / (len(a) + len(b) - 2))
     if deviation == 0:
         return float(np.sign(mean) * np.inf) if mean else 0.0
     return float(mean / deviation)

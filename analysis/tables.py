@@ -2,8 +2,9 @@
 
 A cell is the mean over seeds ± half the width of its bootstrap interval. An arrow says that a method is lower (↓) or
 higher (↑) than the reference method on the same seeds, by Wilcoxon's signed-rank test with Holm's correction over the
-methods of a task, p < 1 − confidence. Fewer than six seeds never earn one. A method of which runs diverged is not the
-best and not tested: the mean of those that did not says too little.
+methods of a task, p < 1 − confidence; at 95 % fewer than six seeds never earn one. Its direction is that of the ranks,
+which a single large difference does not turn as it can turn the mean. A method of which runs diverged is not the best
+and not tested: the mean of those that did not says too little.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.statistics import check_runs, holm, summarise
+from analysis.inputs import require_columns
+from analysis.statistics import check_runs, holm, summarise, without_rounding
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def comparison_table(
     Raises:
         ValueError: a missing column, no rows, or a seed twice.
     """
-    labels = runs[["task", "method", "seed", value]] if {"task", "method", "seed", value} <= set(runs) else runs
+    require_columns(runs, "task", "method", "seed", value)
+    labels = runs[["task", "method", "seed", value]]
     check_runs(labels.assign(**{value: 0.0}), ["task", "method"], value)
     finite = np.isfinite(labels[value].astype(float))
     diverged = (~finite).groupby([labels.task, labels.method]).sum()
@@ -103,11 +106,12 @@ def _arrows(group: pd.DataFrame, reference: str, value: str, confidence: float) 
     errors = group.pivot(index="seed", columns="method", values=value).astype(float)
     if reference not in errors:
         return {}
-    differences = {m: (errors[m] - errors[reference]).dropna() for m in errors if m != reference}
-    differences = {m: d for m, d in differences.items() if len(d) > 1}
+    pairs = {m: errors[[m, reference]].dropna().to_numpy().T for m in errors if m != reference}
+    differences = {m: without_rounding(a - b, a, b) for m, (a, b) in pairs.items() if len(a) > 1}
     pvalues = [stats.wilcoxon(d).pvalue if d.any() else 1.0 for d in differences.values()]
     adjusted = dict(zip(differences, holm(pvalues), strict=True))
-    return {m: "lower" if d.mean() < 0 else "higher" for m, d in differences.items() if adjusted[m] < 1 - confidence}
+    ranks = {m: np.sign(d) @ stats.rankdata(np.abs(d)) for m, d in differences.items()}
+    return {m: "lower" if ranks[m] < 0 else "higher" for m in ranks if adjusted[m] < 1 - confidence}
 
 
 def _cell(row: tuple, style: _Format) -> str:
@@ -143,8 +147,12 @@ def _html(header: list[str], body: list[list[str]], caption: str) -> str:
     return f"<table>\n{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{inner}\n</tbody>\n</table>\n"
 
 
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {letter: f"\\{letter}" for letter in "_%&#${}"}
+
+
 def _escape_latex(text: str) -> str:
-    return "".join(f"\\{letter}" if letter in "_%&#$" else letter for letter in text)
+    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 FORMATS = {

@@ -167,6 +167,7 @@ def test_push_and_losses_share_a_figure():
     assert all(any(list(line.get_xdata()) == [20, 20] for line in ax.lines) for ax in axes)
     assert lower.get_yscale() == "log"
     plt.close(figure)
+    plt.close(plot_early_stopping(frame.assign(scale=[2.0, np.nan, 0.1, 0.1]), by="gradient_norm")[0].figure)
     upper, lower = plot_early_stopping(frame.assign(train_loss=-1.0), by="gradient_norm")
     assert lower.get_yscale() == "linear" and len(upper.figure.axes) == 2
     plt.close(upper.figure)

@@ -228,6 +228,11 @@ def test_a_heat_map_of_layers_keeps_the_order_of_the_model(ax):
     ax.clear()
     plot_layer_schedule(frame[frame.step == 5], ax=ax)
     assert ax.collections[0].get_clim() == (0, 7)
+    for part in (frame[frame.layer == "a"], frame[frame.step == 5], frame):
+        ax.clear()
+        plot_layer_schedule(part, ax=ax)
+        corners = ax.collections[0].get_coordinates()
+        assert (np.diff(corners[..., 0], axis=1) > 0).all() and (np.diff(corners[..., 1], axis=0) > 0).all()
     with pytest.raises(ValueError, match="positive"):
         plot_layer_schedule(frame.assign(scale=-1.0), ax=ax, log=True)
     with pytest.raises(ValueError, match="more than once"):

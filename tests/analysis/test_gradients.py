@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import DataLoader, TensorDataset
 
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.metagradient import forward_mode_step
@@ -253,6 +254,23 @@ def test_the_model_is_left_as_it_was(name, unchanged):
     model[0].weight.grad = torch.ones_like(model[0].weight)
     with unchanged(model), torch.no_grad():
         FUNCTIONS[name](model, data)
+        if name != "influence":  # of one batch
+            FUNCTIONS[name](model, DataLoader(TensorDataset(*data), batch_size=5, shuffle=True))
+
+
+def test_a_parameter_without_dimensions_has_a_gradient_per_sample():
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature, self.last = nn.Parameter(torch.tensor(2.0).double()), nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            return self.last(x) / self.temperature
+
+    torch.manual_seed(0)
+    model, x, y = Tempered(), torch.randn(5, 3, dtype=torch.float64), torch.randint(2, (5,))
+    found = per_sample_gradients(model, F.cross_entropy, (x, y), chunk_size=2)
+    torch.testing.assert_close(found, one_by_one(model, F.cross_entropy, x, y))
 
 
 def test_bad_input_is_named():

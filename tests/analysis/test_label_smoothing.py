@@ -92,6 +92,12 @@ def test_a_short_batch_counts_by_its_examples():
     assert vars(parts) == pytest.approx(vars(whole), rel=1e-10)
 
 
+def test_stored_logits_need_no_model_but_the_identity():
+    stored = logits(spread=1.0)
+    fit = implied_label_smoothing(nn.Identity(), smoothed(0.1), stored)
+    assert fit.epsilon == pytest.approx(0.1, abs=0.005)
+
+
 def test_a_learned_loss_against_numpys_least_squares():
     (f, y), loss = logits(), learned_loss()
     leaf = f.clone().requires_grad_()

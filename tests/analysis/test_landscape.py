@@ -96,6 +96,24 @@ def test_what_to_do_about_batchnorm_matters():
         assert np.abs(values[a] - values[b]).max() > 1e-3
 
 
+def test_a_batchnorm_layer_that_is_called_twice_is_recalibrated_to_the_mean_of_its_calls():
+    class Twice(nn.Module):
+        def __init__(self, calls):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm, self.last = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+            self.calls = calls
+
+        def forward(self, x):
+            return self.last(torch.stack([self.norm(self.first(x)) for _ in range(self.calls)]).mean(0))
+
+    data = torch.randn(20, 5, dtype=torch.float64), torch.randint(3, (20,))
+    once, twice = (
+        line(Twice(n).double(), F.cross_entropy, data, batchnorm="recalibrate", positions=[0, 1]) for n in (1, 2)
+    )
+    agree(twice.losses, once.losses)
+
+
 def test_a_plane_has_one_row_per_y():
     model, data, x, y = convnet(), images(), np.linspace(-1, 1, 4), np.linspace(0, 2, 3)
     directions = random_directions(model, 2)

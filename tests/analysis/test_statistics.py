@@ -115,6 +115,8 @@ def test_paired_test_needs_pairs():
 def test_cohens_d_by_hand():
     pooled = np.sqrt((9 * A.var(ddof=1) + 5 * B[:6].var(ddof=1)) / 14)
     assert cohens_d(A, B[:6]) == pytest.approx((A.mean() - B[:6].mean()) / pooled, rel=1e-12)
+    assert cohens_d([0.1] * 3, [0.1] * 2) == 0  # of three .1 the mean is not .1
+    assert cohens_d([0.1] * 3, [0.2] * 3) == -np.inf
     t = stats.ttest_ind(A, B).statistic
     assert cohens_d(A, B) == pytest.approx(t * np.sqrt(2 / 10), rel=1e-12)
 

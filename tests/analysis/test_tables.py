@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.statistics import bootstrap_interval
+from analysis.statistics import bootstrap_interval, paired_test
 from analysis.tables import comparison_table, render
 
 
@@ -53,6 +53,29 @@ def test_the_lowest_is_the_best_and_arrows_follow_the_paired_test():
         assert stats.wilcoxon(values.better, values.handcrafted).pvalue * 3 < 0.05
     other = by_cell(comparison_table(FRAME, reference="worse"))
     assert other.loc["b"].arrow.to_dict() == {"handcrafted": "lower", "better": "lower", "worse": "", "alike": "lower"}
+
+
+def test_an_arrow_points_where_the_ranks_do_though_one_large_difference_turns_the_mean():
+    differences = [*np.linspace(-0.12, -0.01, 11), 3.0]
+    values = {"handcrafted": np.ones(12), "mostly lower": 1 + np.array(differences)}
+    rows = [
+        {"task": "a", "method": method, "seed": seed, "test_error": error}
+        for method, errors in values.items()
+        for seed, error in enumerate(errors)
+    ]
+    assert np.mean(differences) > 0 and stats.wilcoxon(differences).pvalue < 0.05
+    table = by_cell(comparison_table(pd.DataFrame(rows)))
+    assert table.loc[("a", "mostly lower"), "arrow"] == "lower"
+
+
+def test_equal_differences_are_ties_whatever_rounding_made_of_them():
+    """.3 − .2 is not .4 − .3; seven such differences and three the other way, twice as large."""
+    reference = np.arange(1, 11) / 10
+    other = reference + np.array([0.1] * 7 + [-0.2] * 3)
+    assert len(set(other - reference)) > 2
+    exact = stats.wilcoxon([1] * 7 + [-2] * 3).pvalue
+    assert paired_test(other, reference).wilcoxon_pvalue == pytest.approx(exact, abs=1e-15)
+    assert stats.wilcoxon(other - reference).pvalue != pytest.approx(exact, abs=1e-15)
 
 
 def test_holm_counts_the_methods_of_a_task():
@@ -113,6 +136,11 @@ def test_latex():
     assert text.count(r" \\") == 5
 
 
+def test_every_letter_that_latex_reads_is_escaped():
+    table = comparison_table(FRAME.replace({"method": {"better": r"ML^3~{a}\b"}}))
+    assert r"ML\textasciicircum{}3\textasciitilde{}\{a\}\textbackslash{}b & " in render(table, "latex")
+
+
 def test_html():
     text = render(comparison_table(FRAME.replace({"task": {"b": "<b>"}})), "html", "a & b")
     table = ElementTree.fromstring(text)
@@ -125,8 +153,9 @@ def test_html():
 def test_what_is_no_comparison_is_refused():
     with pytest.raises(ValueError, match="format must be one of markdown, latex, html; got 'word'"):
         render(comparison_table(FRAME), "word")
-    with pytest.raises(ValueError, match=r"lacks \['task'\]"):
-        comparison_table(FRAME.drop(columns="task"))
+    for column in ("task", "test_error"):
+        with pytest.raises(ValueError, match=f"lacks the column {column}; it has"):
+            comparison_table(FRAME.drop(columns=column))
     with pytest.raises(ValueError, match="more than one row"):
         comparison_table(pd.concat([FRAME, FRAME]))
     with pytest.raises(ValueError, match="no rows"):
