@@ -137,7 +137,8 @@ def test_a_resumed_program_ends_as_a_whole_one(tmp_path):
         for ours, theirs in zip(train(tmp_path / "run"), whole, strict=True):
             assert ours.equals(theirs) if hasattr(ours, "columns") else torch.equal(ours, theirs)
     models, losses, data = make(batch_norm)
-    with pytest.raises(ValueError, match="checkpoint of another run .seeds"):
+    differences = r"weight_decay \[0\] -> \[0.01\], seeds \[3, 5, 8\] -> \[1, 2, 3\]"
+    with pytest.raises(ValueError, match=rf"checkpoint of another run \({differences}\)"):
         options = {"make_optimizer": OPTIMIZERS["momentum"], "online": True, "checkpoint": tmp_path / "run"}
         fit_seeds(models, losses, data, seeds=(1, 2, 3), **options, **OPTIONS)
 
