@@ -13,7 +13,10 @@ import analysis
 
 MODULES = sorted(path.stem for path in Path(analysis.__file__).parent.glob("*.py") if path.stem != "__init__")
 INTERNAL = {"inputs"}
-SHARED = {"check_runs", "colours", "flat", "label", "layers", "legend_above", "on_device", "plain_ticks", "split_state"}
+SHARED = {
+    *("check_runs", "colours", "flat", "label", "layers", "legend_above", "on_device", "plain_ticks", "split_state"),
+    "without_rounding",
+}
 """Public by name, but only the package's own modules have use for them."""
 
 
