@@ -128,8 +128,7 @@ def _run_methods(
     options: dict[str, Any] = {"root": root, "device": device, "progress": progress}
     shared: dict[int, dict] = {seed: {} for seed in seeds}
     for method in methods:
-        names = {seed: f"{task.name}--{method}--seed{seed}.parquet" for seed in seeds}
-        paths = {} if folder is None else {seed: Path(folder) / name for seed, name in names.items()}
+        paths = {} if folder is None else {seed: job_path(folder, task.name, method, seed) for seed in seeds}
         done = [seed for seed in paths if paths[seed].exists()]
         frames += [_stored(paths[seed], training_steps(task, method)) for seed in done]
         left = [seed for seed in seeds if seed not in done]
@@ -146,6 +145,11 @@ def _run_methods(
                 write_results(result, paths[seed])
             frames.append(result)
     return frames
+
+
+def job_path(folder: str | os.PathLike, task: str, method: str, seed: int) -> Path:
+    """Where :func:`compare` stores a finished job, and looks for one."""
+    return Path(folder) / f"{task}--{method}--seed{seed}.parquet"
 
 
 def _stored(path: Path, steps: int) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from adalfl_lite.checks import check_counts, check_factories, check_pair
 from adalfl_lite.losses import Loss, LossNetwork, task_error
-from adalfl_lite.metagradient import Batch, plain_step
+from adalfl_lite.metagradient import Batch, eval_mode, plain_step
 from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
 
 MakeModel = Callable[[], nn.Module]
@@ -329,9 +329,8 @@ def validator(batches: list[Batch], task_loss: Loss, task_error: Loss) -> Valida
 
     @torch.no_grad()
     def validate(model: nn.Module) -> tuple[float, float]:
-        model.eval()
-        pairs = [(model(inputs), targets) for inputs, targets in batches]
-        model.train()
+        with eval_mode(model):
+            pairs = [(model(inputs), targets) for inputs, targets in batches]
         means = [sum(measure(*pair).item() for pair in pairs) / len(pairs) for measure in (task_error, task_loss)]
         return means[0], means[1]
 

@@ -23,7 +23,8 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from analysis.inputs import Batch, as_batches, preserved
+from analysis.gradients import on_device
+from analysis.inputs import Batch, preserved
 from analysis.plotting import colours, legend_above
 
 
@@ -40,11 +41,10 @@ def predictions(model: nn.Module, data: Batch | Iterable[Batch]) -> tuple[Tensor
     Raises:
         ValueError: no data, NaN or infinity in the data or the logits, or shapes that are no classification.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     logits, targets = [], []
     with preserved(model, training=False), torch.no_grad():
-        for x, y in as_batches(data):
-            logits.append(model(x.to(device)).cpu())
+        for x, y in on_device(data, model):
+            logits.append(model(x).cpu())
             targets.append(y.cpu())
     return _checked(torch.cat(logits), torch.cat(targets))
 

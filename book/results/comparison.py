@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from adalfl_lite.experiments import compare, read_results, write_results
+from adalfl_lite.experiments import compare, job_path, read_results, write_results
 from adalfl_lite.methods import METHODS
 from adalfl_lite.tasks import Task, get_task
 
@@ -47,8 +47,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     stored = Path(__file__).with_suffix(".parquet")
     if options.keep:
-        for (name, method, seed), rows in read_results(stored).groupby(["task", "method", "seed"]):
-            write_results(rows, options.folder / f"{name}--{method}--seed{seed}.parquet")
+        for job, rows in read_results(stored).groupby(["task", "method", "seed"]):
+            if not (path := job_path(options.folder, *job)).exists():
+                write_results(rows, path)
     for task in map(TASKS.get, options.tasks):
         chosen = [name for name in methods(task) if name in (options.methods or CHOSEN)]
         arguments = {"folder": options.folder, "root": options.root, "progress": False}
