@@ -99,12 +99,12 @@ def active_learning(
 
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     for number in range(rounds):
-        trained, scores = _round(strategy, make_model, module, inputs, targets, labelled, members, options)
+        trained, score = _round(strategy, make_model, module, inputs, targets, labelled, members, options)
         error, _ = evaluate(trained, data.test, data.kind)
         row = {"strategy": strategy, "seed": seed, "round": number, "labelled": len(labelled), "test_error": error}
         records.append({**row, **record(trained, labelled)})
         if number < rounds - 1:
-            chosen = select_batch(scores, unlabelled, added, pool=pool, seed=seed + number)
+            chosen = select_batch(score(), unlabelled, added, pool=pool, seed=seed + number)
             labelled = torch.cat([labelled, chosen])
             unlabelled = unlabelled[~torch.isin(unlabelled, chosen)]
     return pd.DataFrame(records)
@@ -119,8 +119,8 @@ def _round(
     labelled: Tensor,
     members: int,
     options: dict[str, Any],
-) -> tuple[nn.Module, Tensor]:
-    """A model trained on the labelled rows, and the strategy's score of every row."""
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model trained on the labelled rows, and what gives the strategy's score of every row."""
     pair_loss, seed = PAIR_LOSSES.get(strategy, pair_divergence), options["seed"]
 
     def trained(member: int) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
@@ -136,11 +136,15 @@ def _round(
         return model, module, layers
 
     model, module, layers = trained(0)
-    if strategy == "random":
-        return model, torch.rand(len(inputs), generator=torch.Generator().manual_seed(seed + len(labelled)))
-    if strategy == "ensemble":
-        models = [model, *(trained(member)[0] for member in range(1, members))]
-        with torch.no_grad():
-            predictions = torch.stack([each.eval()(inputs) for each in models])
-        return model, predictions.var(0).mean(1)
-    return model, predict_losses(model, module, layers, inputs)
+
+    def score() -> Tensor:
+        if strategy == "random":
+            return torch.rand(len(inputs), generator=torch.Generator().manual_seed(seed + len(labelled)))
+        if strategy == "ensemble":
+            models = [model, *(trained(member)[0] for member in range(1, members))]
+            with torch.no_grad():
+                predictions = torch.stack([each.eval()(inputs) for each in models])
+            return predictions.var(0).mean(1)
+        return predict_losses(model, module, layers, inputs)
+
+    return model, score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from adalfl_lite.baselines import SymbolicLoss, TaylorLoss
 from adalfl_lite.data import BUNDLED
 from adalfl_lite.experiments import (
     MAIN_METHODS,
@@ -159,7 +161,8 @@ def train(
     """Train one model; keep it and the loss it learned with, and draw its learning curve and that loss.
 
     The files OUT/TASK--METHOD--seedSEED have its history (`.parquet`), picture (`.png`), weights (`.model.pt`, a state
-    dictionary of torch for `task.make_model(data)`) and learned loss (`.loss.pt`, for `LossNetwork.load`).
+    dictionary of torch for `task.make_model(data)`) and learned or searched loss (`.loss.pt`, for `LossNetwork.load`,
+    `TaylorLoss.load` or `SymbolicLoss.load`).
 
     An interrupted training goes on where it stopped when the same command is given again; a learned loss is
     initialised anew first.
@@ -171,11 +174,11 @@ def train(
     _usable(device, out)
     _load(chosen, root=root, download=download, seed=seed)
     stem = out / f"{chosen.name}--{method}--seed{seed}"
-    curves: dict[int, LossNetwork] = {}
+    curves: dict[int, LossNetwork | TaylorLoss | SymbolicLoss] = {}
 
     def keep(step: int, model: Any, loss: Any) -> None:
-        if isinstance(loss, LossNetwork):
-            curves[step] = loss.clone().cpu()
+        if isinstance(loss, LossNetwork | TaylorLoss | SymbolicLoss):
+            curves[step] = copy.deepcopy(loss).cpu()
         if step == training_steps(chosen, method):  # before the last checkpoint says that there is no more to do
             weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             atomic_save(weights, stem.with_name(stem.name + ".model.pt"))
@@ -188,6 +191,8 @@ def train(
     )
     _write(history, stem.with_name(stem.name + ".parquet"))
     print_errors(history, "the model at the end of training")
+    if curves and isinstance(found := curves[max(curves)], SymbolicLoss):
+        Console().print(f"loss:    {found}", highlight=False, markup=False, soft_wrap=True)
     with theme():
         panels = 2 if curves else 1
         figure, axes = plt.subplots(1, panels, squeeze=False, figsize=(6.75, 3.0))
@@ -202,7 +207,8 @@ def train(
 
 @app.command("compare")
 def compare_command(
-    tasks: Annotated[list[str], typer.Argument(help="Names from `adalfl tasks`.")],
+    tasks: Annotated[list[str] | None, typer.Argument(help="Names from `adalfl tasks`.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="The same as an option, once for each.")] = None,
     methods: Annotated[
         str, typer.Option(help=f"Names from `adalfl methods`, commas between: {', '.join(METHODS)}.")
     ] = ",".join(MAIN_METHODS),
@@ -230,14 +236,17 @@ def compare_command(
         adalfl compare digits wine --methods handcrafted,online,handcrafted-tuned --seeds 10 --jobs 2
         adalfl compare digits --methods handcrafted,label-smoothing,online --label-noise 0.4
     """
-    chosen = [_task(task, steps, label_noise, imbalance) for task in tasks]
+    wanted = [*(tasks or ()), *(task or ())]
+    if not wanted:
+        _fail("no task is given; add a name from `adalfl tasks`, as in: adalfl compare digits")
+    chosen = [_task(name, steps, label_noise, imbalance) for name in wanted]
     names = [name.strip() for name in methods.split(",")]
     for name in names:
-        for task in chosen:
-            _checked(check_applies, name, task)
+        for each in chosen:
+            _checked(check_applies, name, each)
     _usable(device, out)
-    for task in chosen:
-        _load(task, root=root, download=download)
+    for each in chosen:
+        _load(each, root=root, download=download)
     options: dict[str, Any] = {"folder": out / "jobs", "root": root, "device": device, "jobs": jobs}
     results = _checked(compare, chosen, names, range(seeds), together=together, **options)
     _write(results, out / "comparison.parquet")
@@ -283,21 +292,46 @@ def table_command(
         adalfl table results/comparison.parquet --format latex --reference handcrafted-tuned --out table.tex
     """
     runs = final_errors(_stored(results))
+    notes = [
+        f"{VALUES[value]}, mean over seeds ± half a 95 % bootstrap interval; arrows: lower or higher than {reference}, "
+        "paired Wilcoxon test with Holm's correction, p < .05."
+    ]
+    if value is Value.valid_error:
+        trained_on = runs.method.map(lambda name: name in METHODS and METHODS[name].train_on_valid)
+        if trained_on.any():
+            notes.append(f"Without {', '.join(runs.method[trained_on].unique())}: trained on the validation split.")
+        runs = runs[~trained_on]
     if reference not in set(runs.method):
         _fail(f"no runs of the reference {reference!r} in the results; they have {', '.join(runs.method.unique())}")
     if value not in runs:
         _fail(f"the results have no column for {value}; they were not written by compare")
-    caption = (
-        f"{VALUES[value]}, mean over seeds ± half a 95 % bootstrap interval; arrows: lower or higher than {reference}, "
-        "paired Wilcoxon test with Holm's correction, p < .05."
-    )
-    text = render(_checked(comparison_table, runs, reference, value.value), format, caption)
+    table = _checked(comparison_table, runs, reference, value.value)
+    if value is Value.cost and "seeds_together" in runs and (runs.seeds_together > 1).any():
+        table = without_shares(table, runs)
+        notes.append(
+            "A cell without ± is an equal share of one program that ran all seeds: not to be compared with seeds that"
+            " ran one by one, so a task that has one has no bold and no arrows."
+        )
+    text = render(table, format, " ".join(notes))
     if out is None:
         print(text, end="")
         return
     with atomic_path(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     Console().print(f"table:   {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def without_shares(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """A table of costs without what equal shares of one program cannot tell: intervals, the best, and tests."""
+    shared = runs[runs.seeds_together > 1]
+    is_share = table.set_index(["task", "method"]).index.isin(shared.set_index(["task", "method"]).index)
+    in_task = table.task.isin(shared.task)
+    return table.assign(
+        low=table.low.mask(is_share),
+        high=table.high.mask(is_share),
+        best=table.best & ~in_task,
+        arrow=table.arrow.mask(in_task, ""),
+    )
 
 
 def print_errors(results: pd.DataFrame, title: str) -> None:

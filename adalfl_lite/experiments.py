@@ -14,12 +14,14 @@ What the methods are is told in :mod:`adalfl_lite.methods`. Jobs run through job
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -88,18 +90,22 @@ def compare(
 
     Returns:
         The rows of :func:`~adalfl_lite.training.fit` with columns task, method, seed, initialisation_steps,
-        initialisation_chosen_step, initialisation_seconds, seeds_together (how many shared the program) and the
-        provenance of :func:`provenance`. A run that diverged is one row at its last step with infinite errors.
+        initialisation_chosen_step, initialisation_seconds, seeds_together (how many shared the program), settings (of
+        the task, as JSON) and what :func:`provenance` gives. A run that diverged is one row at its last step with
+        infinite errors.
 
     Raises:
-        ValueError: an unknown task or method, a method that is not for a task's kind, or nothing to run, before any
-            job starts; ``folder`` holds a job of the same name with another number of steps; or ``together``, and the
-            task's model cannot be stacked.
+        ValueError: an unknown task or method, a method that is not for a task's kind, something twice, or nothing to
+            run, before any job starts; ``folder`` holds a job of the same name with other settings of the task; or
+            ``together``, and the task's model cannot be stacked.
     """
     chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
-    for name, values in (("tasks", chosen), ("methods", methods), ("seeds", seeds)):
+    for name, values in (("tasks", [task.name for task in chosen]), ("methods", methods), ("seeds", seeds)):
         if not len(values):
             raise ValueError(f"nothing to compare: {name} is empty")
+        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+            remedy = "; name a changed task anew, task.with_(name=...)" if name == "tasks" else ""
+            raise ValueError(f"{name} hold {twice[0]!r} twice{remedy}")
     for task in chosen:
         for method in methods:
             check_applies(method, task)
@@ -130,7 +136,7 @@ def _run_methods(
     for method in methods:
         paths = {} if folder is None else {seed: job_path(folder, task.name, method, seed) for seed in seeds}
         done = [seed for seed in paths if paths[seed].exists()]
-        frames += [_stored(paths[seed], training_steps(task, method)) for seed in done]
+        frames += [_stored(paths[seed], task, method) for seed in done]
         left = [seed for seed in seeds if seed not in done]
         found: list[pd.DataFrame] = []
         if len(left) > 1 and runs_together(method, task):
@@ -152,10 +158,20 @@ def job_path(folder: str | os.PathLike, task: str, method: str, seed: int) -> Pa
     return Path(folder) / f"{task}--{method}--seed{seed}.parquet"
 
 
-def _stored(path: Path, steps: int) -> pd.DataFrame:
-    stored = read_results(path)
-    if stored.step.max() != steps:
-        raise ValueError(f"{path} has {stored.step.max()} steps, not {steps}; give another folder, or delete that file")
+def _settings(task: Task) -> dict[str, Any]:
+    return {field.name: getattr(task, field.name) for field in fields(Task) if field.name != "name"}
+
+
+def _stored(path: Path, task: Task, method: str) -> pd.DataFrame:
+    """A finished job, if it is of this very task."""
+    stored, steps = read_results(path), training_steps(task, method)
+    different = {} if stored.step.max() == steps else {"steps": (stored.step.max(), steps)}
+    if "settings" in stored and isinstance(text := stored.settings.iloc[0], str):
+        found, wanted = json.loads(text), json.loads(json.dumps(_settings(task)))
+        different |= {name: (found.get(name), wanted[name]) for name in wanted if found.get(name) != wanted[name]}
+    if different:
+        changes = ", ".join(f"{name} {before}, not {now}" for name, (before, now) in different.items())
+        raise ValueError(f"{path} is of a task with {changes}; give another folder, or delete that file")
     return stored
 
 
@@ -165,7 +181,8 @@ def _run_or_diverge(task: Task, method: str, seed: int, *, device: str, **option
         return run(task, method, seed, device=device, **options)
     except FloatingPointError:
         labels = {"task": task.name, "method": method, "seed": seed, "step": training_steps(task, method)}
-        return pd.DataFrame([{**labels, "test_error": math.inf, "valid_error": math.inf, **provenance(device)}])
+        errors = {"test_error": math.inf, "valid_error": math.inf}
+        return pd.DataFrame([{**labels, **errors, "settings": json.dumps(_settings(task)), **provenance(device)}])
 
 
 def run(
@@ -189,7 +206,7 @@ def run(
     prepared = prepare(task, data, method, seed, device=device, shared=shared, progress=progress)
     options: dict[str, Any] = {"callback": callback, "checkpoint": checkpoint, "progress": progress}
     history = train(prepared, method, seed, device=device, **options)
-    return _labelled(history, prepared, method, seed, device, 1)
+    return _labelled(history, task, prepared, method, seed, device, 1)
 
 
 def run_together(
@@ -208,22 +225,23 @@ def run_together(
     prepared = prepare_together(task, datasets, method, seeds, device=device, shared=shared, progress=progress)
     histories = train_together(prepared, method, seeds, device=device, progress=progress)
     return [
-        _labelled(histories[histories.seed == seed].drop(columns="seed"), one, method, seed, device, len(seeds))
+        _labelled(histories[histories.seed == seed].drop(columns="seed"), task, one, method, seed, device, len(seeds))
         for seed, one in zip(seeds, prepared, strict=True)
     ]
 
 
 def _labelled(
-    history: pd.DataFrame, prepared: Prepared, method: str, seed: int, device: str, together: int
+    history: pd.DataFrame, task: Task, prepared: Prepared, method: str, seed: int, device: str, together: int
 ) -> pd.DataFrame:
     return history.assign(
-        task=prepared.task.name,
+        task=task.name,
         method=method,
         seed=seed,
         initialisation_steps=prepared.steps,
         initialisation_chosen_step=prepared.chosen_step,
         initialisation_seconds=prepared.seconds,
         seeds_together=together,
+        settings=json.dumps(_settings(task)),
         **provenance(device),
     )
 
@@ -270,10 +288,22 @@ def final_errors(results: pd.DataFrame) -> pd.DataFrame:
 
 @cache
 def provenance(device: str = "cpu") -> dict[str, str]:
-    """What a result depends on: versions, device, and the commit (of a checkout) when this process first asked."""
-    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.processor() or "cpu"
+    """What a result depends on: versions, the processor, and the commit of a checkout when this process first asked.
+
+    The commit ends in "-dirty" where a tracked file of the checkout differed from it.
+    """
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else _processor()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "commit": _commit() or "unknown"}
     return {"device": name, **versions}
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "cpu"
 
 
 def _commit() -> str:
@@ -284,6 +314,6 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()  # noqa: S603 -- no user's words
 
     try:
-        return git("ls-files", Path(__file__).name) and git("rev-parse", "--short", "HEAD")
+        return git("ls-files", Path(__file__).name) and git("describe", "--always", "--dirty", "--exclude", "*")
     except OSError:
         return ""

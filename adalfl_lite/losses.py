@@ -192,7 +192,11 @@ class LossNetwork(nn.Module):
 
     @classmethod
     def ml3(cls, kind: str, **options: Any) -> LossNetwork:
-        """The loss network of ML³ (Bechtle et al. 2021): 2-50-50-1, ReLU, Softplus output, sum over the outputs."""
+        """The loss network of ML³ (Bechtle et al. 2021): 2-50-50-1, ReLU, Softplus output, sum over the outputs,
+
+        M_φ(y, f) = 1/B Σ_b Σ_c ℓ_φ(y_bc, p_bc), learned through one step of a fresh model at a time. As the method
+        "ml3" of this package it gets AdaLFL's budget: 2,500 meta steps, and the best of eight rehearsals is kept.
+        """
         defaults: dict[str, Any] = {
             "hidden": (50, 50),
             "activation": "relu",

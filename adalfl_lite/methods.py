@@ -91,7 +91,7 @@ METHODS = {
     "handcrafted": Method("task", "the task loss: cross-entropy, or squared error"),
     "ml3": Method(
         "ml3",
-        "an ML³ loss network (ReLU, Softplus), meta-learned offline one step at a time, then frozen",
+        "an ML³ loss network (ReLU, Softplus), meta-learned offline one step at a time; the best of eight is kept",
         imitation_steps=0,
         rollout_steps=1,
     ),
@@ -279,7 +279,7 @@ def handcrafted_loss(name: str, task: Task, data: Dataset) -> Loss:
         return DynamicalLoss(data.outputs, amplitude=DYNAMICAL_AMPLITUDE, period=period)
     if name.startswith("newton-"):
         return NewtonLoss(data.kind, name.removeprefix("newton-"))
-    return task_loss(data.kind) if name not in FIXED else fixed_loss(name)
+    return task_loss(data.kind) if name == "task" else fixed_loss(name)
 
 
 def initialised(
@@ -317,9 +317,11 @@ def streams(
     """What Algorithms 1 and 3 learn from: training batches, meta batches, and how to score a model."""
     train, meta = data.train.to(device), getattr(data, method.meta_batches).to(device)
     batches = train.batches(task.batch_size, seed=20_000 + seed)
-    if task.augmentation:
-        batches = ((task.augmentation(inputs), targets) for inputs, targets in batches)
     meta_batches = meta.batches(min(task.batch_size, len(meta)), seed=30_000 + seed)
+    if augment := task.augmentation:
+        batches = ((augment(inputs), targets) for inputs, targets in batches)
+        if method.meta_batches == "train":  # as fit does
+            meta_batches = ((augment(inputs), targets) for inputs, targets in meta_batches)
     return batches, meta_batches, lambda model: evaluate(model, meta, data.kind)
 
 

@@ -93,7 +93,13 @@ class Task:
         return replace(self, **changes)
 
     def corrupted(self, *, label_noise: float = 0.0, imbalance: float = 1.0) -> Task:
-        """The same task, harder, and named so: ``digits`` becomes ``digits-noise0.4`` or ``digits-imbalance10``."""
+        """The same task, harder, and named so: ``digits`` becomes ``digits-noise0.4`` or ``digits-imbalance10``.
+
+        Raises:
+            ValueError: the task is corrupted already.
+        """
+        if self.label_noise or self.imbalance != 1:
+            raise ValueError(f"task {self.name!r} is corrupted already; give label_noise and imbalance in one call")
         noise = f"-noise{label_noise:g}" if label_noise else ""
         rarity = f"-imbalance{imbalance:g}" if imbalance != 1 else ""
         return self.with_(name=self.name + rarity + noise, label_noise=label_noise, imbalance=imbalance)

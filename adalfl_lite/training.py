@@ -16,6 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def fit(
         raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
     evaluate_every = evaluate_every or max(1, steps // 20)
     if getattr(loss, "kind", data.kind) != data.kind:
-        raise ValueError(f"the loss network is for {loss.kind}, the data set {data.name!r} for {data.kind}")  # type: ignore
+        raise ValueError(f"the loss is for {loss.kind}, the data set {data.name!r} for {data.kind}")  # type: ignore
     device = _device_of(model, device)
     check_trainable(model, optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -341,6 +342,14 @@ def _states(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(part: Any) -> str:
+    """What a function, a module or an optimizer is called, with its settings where they can be seen."""
+    if isinstance(part, partial):
+        settings = [*map(repr, part.args), *(f"{name}={value!r}" for name, value in sorted(part.keywords.items()))]
+        return f"{_name(part.func)}({', '.join(settings)})"
+    if isinstance(part, nn.Module):
+        plain = {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+        settings = [f"{name}={value!r}" for name, value in plain.items() if name[0] != "_" and name != "training"]
+        return " ".join([*repr(part).split(), *settings])  # not every module shows its settings
     return getattr(part, "__name__", type(part).__name__)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalfl_lite.baselines.searched import SearchedLoss
 from adalfl_lite.losses import Loss, check_kind, output_pairs
 
 GENERATIONS, POPULATION, LOCAL_STEPS = 10, 24, 250
@@ -53,7 +54,7 @@ Expression = Sequence[str]
 """A tree in prefix order, such as ("absolute", "subtract", "y", "p")."""
 
 
-class SymbolicLoss(nn.Module):
+class SymbolicLoss(SearchedLoss):
     """M_w = 1/(B·C) Σ_b Σ_c e_w(y_bc, p_bc): an expression in which every node's value is multiplied by a weight.
 
     Args:
@@ -64,9 +65,12 @@ class SymbolicLoss(nn.Module):
         ValueError: an unknown name, or not exactly one whole tree.
     """
 
+    format = "adalfl-symbolic-loss-1"
+
     def __init__(self, kind: str, expression: Expression):
         super().__init__()
         self.kind, self.expression = check_kind(kind), tuple(expression)
+        self.config = {"kind": kind, "expression": list(expression)}
         open_places = 1
         for name in self.expression:
             if name not in OPERATIONS and name not in LEAVES:
@@ -91,6 +95,10 @@ class SymbolicLoss(nn.Module):
             else:
                 stack.append(weight * values[name])
         return stack.pop().mean()
+
+    def extra_repr(self) -> str:
+        """Show the expression in ``repr(loss)``."""
+        return str(self)
 
     def __str__(self) -> str:
         """The expression without its weights, such as "absolute(subtract(y, p))"."""

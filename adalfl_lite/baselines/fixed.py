@@ -12,11 +12,13 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from adalfl_lite.losses import Loss
+from adalfl_lite.checks import unknown
+from adalfl_lite.losses import Loss, check_classification, check_regression
 
 
 def label_smoothing(prediction: Tensor, target: Tensor, *, epsilon: float = 0.1) -> Tensor:
     """Cross-entropy with the target (1 − ε) one-hot + ε/C (Szegedy et al. 2016, section 7)."""
+    check_classification(prediction, target)
     return F.cross_entropy(prediction, target, label_smoothing=epsilon)
 
 
@@ -51,23 +53,27 @@ def symmetric_cross_entropy(
 def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Σ_c |y_c − p_c| = 2 (1 − p) in classification, robust to label noise (Ghosh et al. 2017); else |y − f|."""
     if target.is_floating_point():
+        check_regression(prediction, target)
         return F.l1_loss(prediction, target)
     return 2 * (1 - _log_true(prediction, target).exp()).mean()
 
 
 def huber(prediction: Tensor, target: Tensor, *, delta: float = 1.0) -> Tensor:
     """½e² where |e| <= δ, δ(|e| − ½δ) beyond (Huber 1964); e = f − y, of standardised targets."""
+    check_regression(prediction, target)
     return F.huber_loss(prediction, target, delta=delta)
 
 
 def log_cosh(prediction: Tensor, target: Tensor) -> Tensor:
     """Log cosh e = |e| + log(1 + e^{−2|e|}) − log 2: ½e² near zero, |e| far from it."""
+    check_regression(prediction, target)
     error = (prediction - target).abs()
     return (error + F.softplus(-2 * error) - math.log(2)).mean()
 
 
 def _log_true(prediction: Tensor, target: Tensor) -> Tensor:
     """log p of the true class, (B,)."""
+    check_classification(prediction, target)
     return -F.cross_entropy(prediction, target, reduction="none")
 
 
@@ -90,5 +96,7 @@ def summary(loss: Callable[..., Tensor]) -> str:
 
 
 def fixed_loss(name: str, **options: float) -> Loss:
-    """The loss of that name in :data:`FIXED`, with some of its settings changed."""
+    """The loss of that name in :data:`FIXED`, with some of its settings changed; ``ValueError`` if there is none."""
+    if name not in FIXED:
+        raise unknown("loss", name, FIXED)
     return partial(FIXED[name][0], **options)

@@ -43,7 +43,7 @@ class NewtonLoss(nn.Module):
             raise ValueError(f"curvature must be 'hessian' or 'fisher', got {curvature!r}")
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}")
-        self.loss, self.curvature, self.damping = task_loss(kind), curvature, damping
+        self.kind, self.loss, self.curvature, self.damping = kind, task_loss(kind), curvature, damping
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The mean task loss of prediction (B, C) and target."""

@@ -2,7 +2,8 @@
 
 Gonzalez and Miikkulainen (2021), "Optimizing loss functions through multivariate Taylor polynomial parameterization".
 Gao et al. (2021) evolve such losses for robustness to label noise: here, the same search on a task with
-``label_noise``, though its validation labels are noisy too.
+``label_noise``, though its validation labels are noisy too. Robust in the sense of Ghosh et al. (2017) are the members
+whose sum over all labels does not depend on the prediction, such as −1/(B·C) Σ_b p_{y_b}: θ_5 = 1, all others zero.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from adalfl_lite.baselines.searched import SearchedLoss
 from adalfl_lite.losses import check_kind, output_pairs
 
 GENERATIONS, POPULATION, SPREAD = 15, 8, 1.0
 """Our default budget: 120 short trainings. The paper's, for image tasks, is larger."""
 
 
-class TaylorLoss(nn.Module):
+class TaylorLoss(SearchedLoss):
     """The polynomial loss, with y the target, p the prediction and coefficients θ_0 ... θ_7,
 
         M_θ = −1/(B·C) Σ_b Σ_c [ θ_2 d + ½ θ_3 d² + ⅙ θ_4 d³ + θ_5 e d + ½ θ_6 e d² + ½ θ_7 e² d ],          (1)
@@ -32,9 +34,11 @@ class TaylorLoss(nn.Module):
         coefficients: θ, eight numbers; zeros by default.
     """
 
+    format = "adalfl-taylor-loss-1"
+
     def __init__(self, kind: str, coefficients: Tensor | None = None):
         super().__init__()
-        self.kind = check_kind(kind)
+        self.kind, self.config = check_kind(kind), {"kind": kind}
         values = torch.zeros(8) if coefficients is None else torch.as_tensor(coefficients, dtype=torch.float32)
         if values.shape != (8,):
             raise ValueError(f"a third-order Taylor loss has 8 coefficients, got shape {tuple(values.shape)}")

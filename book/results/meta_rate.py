@@ -20,7 +20,7 @@ RATES = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="the rows of others stay")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--root", help="the data folder")
     options = parser.parse_args()
@@ -35,5 +35,9 @@ if __name__ == "__main__":
             ends = runs[runs.step == task.steps][["seed", "valid_error", "test_error"]]
             parts.append(ends.assign(task=task.name, meta_learning_rate=rate, **provenance()))
             print(task.name, rate, f"{ends.valid_error.mean():.4f}", flush=True)
-    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
+    path = Path(__file__).with_suffix(".parquet")
+    if path.exists():
+        before = pd.read_parquet(path)
+        parts.insert(0, before[~before.task.isin(options.tasks)])
+    with atomic_path(path) as temporary:
         pd.concat(parts, ignore_index=True).to_parquet(temporary, index=False)

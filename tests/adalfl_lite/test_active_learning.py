@@ -10,7 +10,7 @@ from adalfl_lite import active_learning as module
 from adalfl_lite.active_learning import STRATEGIES, active_learning
 from adalfl_lite.data import load_dataset
 from adalfl_lite.keypoints import HeatmapNet, figures_dataset
-from adalfl_lite.loss_prediction import ConvLossModule
+from adalfl_lite.loss_prediction import PAIR_LOSSES, ConvLossModule, predict_losses
 
 DIABETES = load_dataset("diabetes", seed=0)
 OPTIONS = {"rounds": 3, "first": 20, "added": 30, "steps": 10, "members": 2}
@@ -56,18 +56,36 @@ def test_labels_that_were_not_asked_for_are_not_seen(histories, strategy, monkey
     pd.testing.assert_frame_equal(found, histories[strategy], check_exact=True)
 
 
-def test_the_strategies_choose_what_they_say(monkeypatch):
-    """The rows chosen have the highest score among those that were unlabelled."""
-    calls = []
-    select = module.select_batch
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_strategies_choose_what_they_say(strategy, monkeypatch):
+    """The rows chosen have the highest score among those that were unlabelled, and the score is the strategy's."""
+    calls, trained, losses = [], [], []
+    select, train = module.select_batch, module.train_with_loss_module
     monkeypatch.setattr(module, "select_batch", lambda *a, **k: calls.append((a, select(*a, **k))) or calls[-1][1])
-    active_learning(DIABETES, "learning-loss++", **OPTIONS)
+
+    def keep(model, loss_module, layers, *arguments, pair_loss, **options):
+        train(model, loss_module, layers, *arguments, pair_loss=pair_loss, **options)
+        trained.append((model, loss_module, layers))
+        losses.append(pair_loss)
+
+    monkeypatch.setattr(module, "train_with_loss_module", keep)
+    active_learning(DIABETES, strategy, **OPTIONS)
+    members, inputs = OPTIONS["members"] if strategy == "ensemble" else 1, DIABETES.train.inputs
+    assert len(trained) == 2 * members + 1  # the last round asks for no score
+    if strategy in PAIR_LOSSES:
+        assert set(losses) == {PAIR_LOSSES[strategy]}
     labelled = set()
-    for (scores, unlabelled, count), chosen in calls:
+    for number, ((scores, unlabelled, count), chosen) in enumerate(calls):
         assert count == 30 and not labelled & set(unlabelled.tolist())
         rest = unlabelled[~torch.isin(unlabelled, chosen)]
         assert scores[chosen].min() >= scores[rest].max()
         labelled |= set(chosen.tolist())
+        of_round = trained[number * members : (number + 1) * members]
+        if strategy == "ensemble":
+            first, second = (model(inputs).detach() for model, *_ in of_round)
+            torch.testing.assert_close(scores, ((first - second) ** 2 / 2).mean(1))
+        elif strategy != "random":
+            torch.testing.assert_close(scores, predict_losses(*of_round[0], inputs))
     assert len(calls) == 2 and len(labelled) == 60
 
 

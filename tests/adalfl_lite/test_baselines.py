@@ -20,6 +20,7 @@ from adalfl_lite.baselines import (
     search_taylor,
 )
 from adalfl_lite.baselines.evomal import LEAVES, OPERATIONS
+from adalfl_lite.files import atomic_save
 
 
 def batch(kind="classification", seed=0, rows=6, outputs=4):
@@ -90,6 +91,27 @@ def test_robust_losses_are_half_the_square_near_zero_and_have_slope_one_far_away
     value = fixed_loss(name)(prediction[:1], target[:1])
     assert value.item() == pytest.approx(0.5e-6, rel=1e-3)
     assert 2 * gradient(fixed_loss(name), prediction, target)[1].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fixed_loss_refuses_targets_of_another_kind_and_shape(name):
+    """Torch would read a column of numbers as probabilities of one class, and broadcast (B, 1) against (B,)."""
+    kinds = FIXED[name][1]
+    column = torch.randn(5, 1)
+    if "regression" in kinds:
+        with pytest.raises(ValueError, match=r"one shape \(B, K\), got \(5, 1\) and \(5,\)"):
+            fixed_loss(name)(column, column.squeeze(1))
+    if kinds == ("classification",):
+        with pytest.raises(ValueError, match="classification needs int64 class indices"):
+            fixed_loss(name)(column, column)
+    if kinds == ("regression",):
+        with pytest.raises(ValueError, match="regression needs"):
+            fixed_loss(name)(*HALF)
+
+
+def test_an_unknown_fixed_loss_is_named_and_trains_nothing():
+    with pytest.raises(ValueError, match="unknown loss 'symmetric_ce'; did you mean 'symmetric-ce'"):
+        fixed_loss("symmetric_ce")
 
 
 def test_a_certain_and_wrong_prediction_keeps_every_loss_and_gradient_finite():
@@ -186,24 +208,39 @@ def test_coefficients_give_the_loss_they_should():
 
 
 def test_the_polynomial_is_the_expansion_of_a_cubic_around_its_centre():
-    """Any cubic in (y, p) less its terms in y alone: shift the centre by autograd, compare gradients in p."""
-    torch.manual_seed(0)
-    theta = torch.randn(8)
-    prediction, target = batch("regression")
+    """The coefficients are the derivatives of any cubic in (y, p) at the centre, and give back its gradient in p."""
+    generator = torch.Generator().manual_seed(0)
+    powers = [(i, j) for i in range(4) for j in range(4 - i)]
+    factors = torch.randn(len(powers), generator=generator).double()
 
     def cubic(p, y):
-        d, e = p - theta[1], y - theta[0]
-        return -(
-            theta[2] * d
-            + theta[3] * d.pow(2) / math.factorial(2)
-            + theta[4] * d.pow(3) / math.factorial(3)
-            + theta[5] * e * d
-            + theta[6] * e * d.pow(2) / 2
-            + theta[7] * e.pow(2) * d / 2
-        ).mean()
+        return sum(factor * y**i * p**j for factor, (i, j) in zip(factors, powers, strict=True))
 
-    expected = gradient(cubic, prediction, target)
-    torch.testing.assert_close(gradient(TaylorLoss("regression", theta).double(), prediction, target), expected)
+    y, p = torch.tensor(0.3).double().requires_grad_(), torch.tensor(-0.7).double().requires_grad_()
+
+    def slope(value, *arguments):
+        for argument in arguments:
+            (value,) = torch.autograd.grad(value, argument, create_graph=True)
+        return value
+
+    orders = ((p,), (p, p), (p, p, p), (p, y), (p, p, y), (p, y, y))
+    derivatives = [slope(cubic(p, y), *order) for order in orders]
+    loss = TaylorLoss("regression", torch.stack([y, p, *(-each for each in derivatives)]).detach()).double()
+    prediction, target = batch("regression")
+    expected = gradient(lambda p, y: cubic(p, y).mean(), prediction, target)
+    torch.testing.assert_close(gradient(loss, prediction, target), expected, rtol=1e-5, atol=1e-6)  # θ is float32
+
+
+def test_the_symmetric_member_of_the_family_is_robust_to_uniform_label_noise():
+    """Averaged over all wrong labels its gradient is that of the right one, scaled; cross-entropy's is not."""
+    prediction, target = batch(outputs=4)
+    rate = 0.3
+    symmetric = TaylorLoss("classification", torch.tensor([0, 0, 0, 0, 0, 1.0, 0, 0])).double()
+    for loss, robust in ((symmetric, True), (F.cross_entropy, False)):
+        clean = gradient(loss, prediction, target)
+        wrong = [gradient(loss, prediction, (target + shift) % 4) for shift in (1, 2, 3)]
+        noisy = (1 - rate) * clean + rate * sum(wrong) / 3
+        assert torch.allclose(noisy, (1 - rate * 4 / 3) * clean, atol=1e-12) == robust
 
 
 def test_cma_es_finds_planted_coefficients_and_survives_divergence():
@@ -221,6 +258,28 @@ def test_cma_es_finds_planted_coefficients_and_survives_divergence():
     assert torch.equal(found.coefficients, again.coefficients)
     with pytest.raises(FloatingPointError, match="diverged with every Taylor loss"):
         search_taylor("regression", lambda loss: math.inf, generations=1, population=4)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        TaylorLoss("classification", torch.linspace(-1, 1, 8)),
+        SymbolicLoss("regression", ["square", "subtract", "y", "p"]).double(),
+    ],
+)
+def test_a_searched_loss_comes_back_from_its_file(loss, tmp_path):
+    with torch.no_grad():
+        next(loss.parameters()).mul_(1.5)
+    loss.save(tmp_path / "a.loss.pt")
+    again = type(loss).load(tmp_path / "a.loss.pt")
+    example = batch(loss.kind)
+    assert again(*example) == loss(*example) and repr(again) == repr(loss)
+    other = SymbolicLoss if isinstance(loss, TaylorLoss) else TaylorLoss
+    with pytest.raises(ValueError, match=r"a\.loss\.pt"):
+        other.load(tmp_path / "a.loss.pt")
+    atomic_save({"format": loss.format, "config": loss.config, "state": {}}, tmp_path / "b.loss.pt")
+    with pytest.raises(ValueError, match="is not a whole"):
+        type(loss).load(tmp_path / "b.loss.pt")
 
 
 # EvoMAL ------------------------------------------------------------------------------------------------------------

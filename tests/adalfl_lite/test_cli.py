@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from adalfl_lite import cli, experiments, methods
+from adalfl_lite.baselines import SymbolicLoss, TaylorLoss
 from adalfl_lite.cli import app
 from adalfl_lite.data import BUNDLED
 from adalfl_lite.experiments import METHODS, final_errors
@@ -143,6 +144,19 @@ def test_train_keeps_the_model_that_was_evaluated_last(tmp_path, method):
     assert evaluate(model, data.test, data.kind) == (last.test_error, last.test_loss)
 
 
+@pytest.mark.parametrize("method", ["taylorglo", "evomal"])
+def test_train_keeps_the_loss_that_a_search_found(tmp_path, monkeypatch, method):
+    budget = {"taylorglo": {"generations": 1, "population": 4}, "evomal": {"generations": 1, "population": 16}}
+    monkeypatch.setattr(methods, "SEARCH_BUDGET", budget)
+    monkeypatch.setattr(methods, "LOCAL_STEPS", 2)
+    text = succeeds("train", "iris", "--method", method, "--steps", 4, "--out", tmp_path)
+    stem = f"iris--{method}--seed0"
+    assert files(tmp_path) == [f"{stem}{end}" for end in (".loss.pt", ".model.pt", ".parquet", ".png")]
+    loss = (TaylorLoss if method == "taylorglo" else SymbolicLoss).load(tmp_path / f"{stem}.loss.pt")
+    assert any(parameter.abs().sum() for parameter in loss.parameters())
+    assert method == "taylorglo" or f"loss:    {loss}\n" in text
+
+
 def test_train_with_the_handcrafted_loss_has_no_loss_to_write(tmp_path):
     succeeds("train", "diabetes", "--method", "handcrafted", "--steps", 4, "--out", tmp_path)
     stem = "diabetes--handcrafted--seed0"
@@ -219,7 +233,9 @@ def test_compare_again_runs_nothing(comparison, monkeypatch):
     monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("a finished job was run again"))
     arguments = ("--methods", "handcrafted,offline", "--seeds", 2, "--steps", 10, "--out", out)
     assert succeeds("compare", "iris", "wine", *arguments) == text
-    assert "has 10 steps, not 11; give another folder" in fails("compare", "iris", "--steps", 11, "--out", out)
+    assert "of a task with steps 10, not 11; give another folder" in fails(
+        "compare", "iris", "--steps", 11, "--out", out
+    )
 
 
 def test_compare_together_is_compare(comparison, tmp_path):
@@ -277,6 +293,29 @@ def test_table_tells_what_a_method_costs(comparison):
     assert f"{(rows.initialisation_seconds + rows.seconds).mean():.4f}" in text
 
 
+def test_shares_of_one_program_are_neither_the_cheapest_nor_tested(comparison, tmp_path):
+    table = pd.read_parquet(comparison[0] / "comparison.parquet")
+    for seed in range(2, 9):
+        table = pd.concat([table, table[table.seed == 0].assign(seed=seed)])
+    table["seconds"] = table.seconds + 0.01 * table.seed
+    shared = (table.task == "wine") & (table.method == "offline")
+    table.loc[shared, ["seconds", "seeds_together"]] = [0.25, 9]
+    table.to_parquet(tmp_path / "table.parquet")
+    text = succeeds("table", tmp_path / "table.parquet", "--value", "cost")
+    (line,) = (line for line in text.splitlines() if line.startswith("| offline |"))
+    iris, wine = line.split("|")[2:4]
+    assert "±" in iris and "↑" in iris and not set("±↑↓*") & set(wine) and "A cell without ±" in text
+    assert "A cell without ±" not in succeeds("table", comparison[0] / "comparison.parquet", "--value", "cost")
+
+
+def test_no_validation_error_is_shown_of_what_trained_on_it(tmp_path):
+    options = ("--methods", "handcrafted,handcrafted-all", "--seeds", 1, "--steps", 4, "--out", tmp_path)
+    succeeds("compare", "--task", "iris", "--task", "wine", *options)
+    text = succeeds("table", tmp_path / "comparison.parquet", "--value", "valid_error")
+    assert "| handcrafted-all |" not in text and "Without handcrafted-all: trained on the validation split" in text
+    assert "iris | wine" in text and "| handcrafted-all |" in succeeds("table", tmp_path / "comparison.parquet")
+
+
 def test_table_shows_the_results_that_come_with_the_book():
     stored = Path(__file__).parents[2] / "book" / "results" / "comparison.parquet"
     text = succeeds("table", stored)
@@ -332,6 +371,8 @@ def test_a_diverged_run_is_counted_and_left_out_of_the_picture(comparison, tmp_p
         (("train", "iris", "--seed", "-1"), "seed must lie in"),
         (("train", "mnist-mlp", "--root", "nowhere"), "download=True"),
         (("compare", "iris", "cifar"), "unknown task 'cifar'"),
+        (("compare", "--task", "iris", "--task", "cifar"), "unknown task 'cifar'"),
+        (("compare", "--seeds", "2"), "no task is given; add a name from `adalfl tasks`"),
         (("compare", "iris", "--methods", "online,"), "unknown method ''"),
         (("compare", "iris", "mnist-mlp", "--root", "nowhere"), "not found"),
         (("compare", "iris", "--device", "abacus"), "cannot train on device 'abacus': "),

@@ -68,6 +68,8 @@ def test_a_task_is_corrupted_by_its_seed_and_says_so_in_its_name():
 
 
 def test_what_cannot_be_corrupted_is_refused():
+    with pytest.raises(ValueError, match=r"'digits-noise0.4' is corrupted already; give .* in one call"):
+        get_task("digits").corrupted(label_noise=0.4).corrupted(imbalance=10)
     for rate in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"label_noise must lie in \[0, 1\)"):
             with_label_noise(DIGITS, rate, 0)

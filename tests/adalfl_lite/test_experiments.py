@@ -1,5 +1,7 @@
 """Comparisons: fair, repeatable, restartable. Small here: iris, 40 steps, initialisations of 40 meta steps."""
 
+import copy
+import json
 import math
 import os
 import re
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from adalfl_lite import experiments, methods, tasks
+from adalfl_lite.baselines import SymbolicLoss
 from adalfl_lite.experiments import compare, final_errors, provenance, run
 from adalfl_lite.methods import METHODS, TUNING_FACTORS, online_meta_learning_rate
 from adalfl_lite.tasks import Task, get_task
@@ -29,7 +32,7 @@ COLUMNS = {
     *("task", "method", "seed", "step", "train_loss", "meta_loss"),
     *("valid_error", "valid_loss", "test_error", "test_loss", "seconds"),
     *("learning_rate", "initialisation_steps", "initialisation_chosen_step", "initialisation_seconds"),
-    *("seeds_together", "device", "torch", "python", "commit"),
+    *("seeds_together", "settings", "device", "torch", "python", "commit"),
 }
 LONG = 3 * 40 + 9 * 15 + 3 * 40  # meta steps, rehearsals, the training: in plain steps
 EVERY = [name for name, method in METHODS.items() if "classification" in method.kinds]
@@ -136,6 +139,7 @@ def test_methods_that_start_from_the_same_loss_share_its_initialisation(results)
 def test_provenance_says_what_a_result_depends_on(results):
     found = provenance()
     assert set(found) == {"device", "torch", "python", "commit"}
+    assert found["device"] != "cpu" or not Path("/proc/cpuinfo").exists()
     assert found["torch"] == torch.__version__ and all(isinstance(value, str) and value for value in found.values())
     for name, value in found.items():
         assert set(results[name]) == {value}
@@ -172,6 +176,27 @@ def test_final_errors_are_the_last_rows(results):
         assert rows(last, method).test_error.item() == rows(results, method).test_error.iloc[-1]
 
 
+def test_evomal_learns_the_weights_of_a_candidate_before_it_is_scored(monkeypatch):
+    """The local search moves them, and the loss it leaves is better to take a step with than the one it found."""
+    moved, ends, rehearse = [], [], methods.rehearsal
+    monkeypatch.setattr(methods, "rehearsal", lambda *arguments: ends.append(rehearse(*arguments)) or ends[-1])
+
+    def search(kind, score, local_search, **options):
+        loss = SymbolicLoss(kind, ["multiply", "minus_one", "multiply", "y", "log", "p"])
+        before = copy.deepcopy(loss)
+        local_search(loss)
+        moved.append((loss.weights - before.weights).abs().min().item())
+        assert [score(each.requires_grad_(False)) for each in (before, loss)] == [error for error, _ in ends]
+        return loss
+
+    monkeypatch.setattr(methods, "search_symbolic", search)
+    monkeypatch.setattr(methods, "LOCAL_STEPS", 250)
+    task = get_task("iris")
+    prepared = methods.prepare(task, task.load(seed=0), "evomal", 0)
+    (_, found), (_, learned) = ends  # the task loss after a training
+    assert moved[0] > 0.01 and learned < found and prepared.steps == 2
+
+
 # Repeatable and restartable ----------------------------------------------------------------------------------------
 
 
@@ -193,8 +218,34 @@ def test_a_rerun_reads_what_is_finished_and_runs_the_rest(results, folder, monke
 
 
 def test_a_stored_job_of_another_length_is_not_passed_off_as_this_one(results, folder):
-    with pytest.raises(ValueError, match=r"iris--online--seed0\.parquet has 40 steps, not 50; give another folder"):
+    with pytest.raises(ValueError, match=r"online--seed0\.parquet is of a task with steps 40, not 50; give another"):
         compared([IRIS.with_(steps=50)], ["online"], [0], folder=folder)
+
+
+def test_a_stored_job_of_another_setting_is_not_passed_off_as_this_one(results, folder):
+    changed = IRIS.with_(learning_rate=1.0, drops=(0.5,))
+    with pytest.raises(ValueError, match=r"a task with learning_rate 0\.01, not 1\.0, drops \[\], not \[0\.5\]; give"):
+        compared([changed], ["handcrafted-tuned"], [0], folder=folder)
+    assert all(json.loads(text) == json.loads(results.settings[0]) for text in results.settings)  # not the tuned rate
+
+
+@pytest.mark.parametrize(
+    ("tasks", "methods", "seeds", "message"),
+    [
+        (
+            [IRIS, IRIS.with_(learning_rate=0.1)],
+            ["handcrafted"],
+            [0],
+            r"tasks hold 'iris' twice; .* task\.with_\(name=",
+        ),
+        ([IRIS], ["handcrafted", "online", "handcrafted"], [0], "methods hold 'handcrafted' twice"),
+        ([IRIS], ["handcrafted"], [0, 1, 0], "seeds hold 0 twice"),
+    ],
+)
+def test_nothing_is_compared_with_itself(tasks, methods, seeds, message, monkeypatch):
+    monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=message):
+        compared(tasks, methods, seeds)
 
 
 @pytest.mark.slow
@@ -312,7 +363,7 @@ def test_the_tuned_learning_rate_is_the_one_with_the_lowest_validation_error(see
     scores = [(history.valid_error.iloc[-1], history.valid_loss.iloc[-1]) for history in histories]
     best = scores.index(min(scores))
     tuned = run(IRIS, "handcrafted-tuned", seed)
-    same(tuned, histories[best].assign(method="handcrafted-tuned"))
+    same(tuned, histories[best].assign(method="handcrafted-tuned", settings=tuned.settings))
     assert len(set(scores)) == len(scores) and tuned.learning_rate.iloc[0] == candidates[best].learning_rate
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adalfl_lite.baselines import DynamicalLoss, NewtonLoss, fixed_loss
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.online import OnlineLoss
@@ -338,13 +340,30 @@ def test_a_checkpoint_of_another_loss_split_optimizer_or_without_the_scheduler_i
     whole = train()
     same_history(train(), whole)
     for change, message in (
-        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss 'cross_entropy' -> 'CrossEntropyLoss'"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss .*label_smoothing=0.1"),
+        ({"loss": fixed_loss("focal")}, r"loss 'cross_entropy' -> 'focal\(\)'"),
         ({"data": make_data(seed=1)}, "rows '[0-9a-f]{12}' -> '[0-9a-f]{12}'"),
         ({"momentum": 0.5}, r"momentum \[0.9\] -> \[0.5\]"),
         ({"scheduled": False}, "parts .*'scheduler'.* -> "),
     ):
         with pytest.raises(ValueError, match=f"of another run .*{message}"):
             train(**change)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (fixed_loss("focal"), fixed_loss("focal", gamma=3.0), r"'focal\(\)' -> 'focal\(gamma=3.0\)'"),
+        (NewtonLoss("classification"), NewtonLoss("classification", "fisher"), "'hessian'.* -> .*'fisher'"),
+        (DynamicalLoss(3), DynamicalLoss(3, amplitude=2.0), r"amplitude=70.0.* -> .*amplitude=2.0"),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), "label_smoothing=0.0.* -> .*smoothing=0.1"),
+    ],
+)
+def test_a_checkpoint_of_the_same_loss_with_another_setting_is_refused(tmp_path, first, second, message):
+    for loss in (first, second):
+        model, _, optimizer = make_parts()
+        with pytest.raises(ValueError, match=message) if loss is second else nullcontext():
+            fit(model, loss, make_data(), optimizer=optimizer, **{**OPTIONS, "checkpoint": tmp_path / "c"})
 
 
 def test_evaluation_puts_the_mode_of_every_layer_back():
