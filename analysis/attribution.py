@@ -221,7 +221,8 @@ def attribution_agreement(a: Tensor, b: Tensor, top_k: int | None = None) -> pd.
         - ``spearman``: rank correlation of the D values, in [−1, 1]; NaN if either is constant. Features that are 0 in
           both, such as pixels that equal the baseline, are ties that raise it.
         - ``overlap``: share of the ``top_k`` features of largest magnitude that both have in common, in [0, 1]; for
-          unrelated attributions it is ``top_k``/D on average.
+          unrelated attributions it is ``top_k``/D on average. A feature whose value is 0 is not among them: where fewer
+          are left the share is of the larger number, and NaN where none is.
 
     Raises:
         ValueError: different shapes, no examples, NaN or infinity, or a ``top_k`` outside [1, D].
@@ -244,8 +245,10 @@ def attribution_agreement(a: Tensor, b: Tensor, top_k: int | None = None) -> pd.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)  # NaN, as documented
         spearman = [stats.spearmanr(p, q).statistic for p, q in zip(x, y, strict=True)]
-    top_x, top_y = (np.argsort(-np.abs(values), axis=1, kind="stable")[:, :top_k] for values in (x, y))
-    overlap = [len(np.intersect1d(p, q)) / top_k for p, q in zip(top_x, top_y, strict=True)]
+    overlap = []
+    for pair in zip(np.abs(x), np.abs(y), strict=True):
+        p, q = (set(np.argsort(-values, kind="stable")[: min(top_k, np.count_nonzero(values))]) for values in pair)
+        overlap.append(len(p & q) / max(len(p), len(q)) if p or q else np.nan)
     return pd.DataFrame({"spearman": spearman, "overlap": overlap})
 
 

@@ -212,7 +212,7 @@ def influence(
         ∇_φ L_T = Σ_b ∇_φ ⟨∂M_φ/∂f_b, u_b⟩ ,                                                                  (2)
 
     exact for v taken at θ' (``meta_state``): row u_b is all that the loss network learns of the model from example b.
-    The influences s_b are those of TracIn (Pruthi et al. 2020) with signs turned, summed over ``meta_data``.
+    The influences s_b are those of TracIn (Pruthi et al. 2020) with signs turned, averaged over ``meta_data``.
 
     Args:
         model: f_θ before the step, run in the modes it is in.

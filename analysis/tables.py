@@ -107,7 +107,7 @@ def _arrows(group: pd.DataFrame, reference: str, value: str, confidence: float) 
     if reference not in errors:
         return {}
     pairs = {m: errors[[m, reference]].dropna().to_numpy().T for m in errors if m != reference}
-    differences = {m: without_rounding(a - b, a, b) for m, (a, b) in pairs.items() if len(a) > 1}
+    differences = {m: without_rounding(a, b) for m, (a, b) in pairs.items() if len(a) > 1}
     pvalues = [stats.wilcoxon(d).pvalue if d.any() else 1.0 for d in differences.values()]
     adjusted = dict(zip(differences, holm(pvalues), strict=True))
     ranks = {m: np.sign(d) @ stats.rankdata(np.abs(d)) for m, d in differences.items()}

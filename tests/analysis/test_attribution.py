@@ -195,6 +195,15 @@ def test_occlusion_by_hand(window, stride):
     torch.testing.assert_close(result.values, total / count, rtol=FLOAT32, atol=FLOAT32)
 
 
+def test_features_that_are_zero_are_in_no_overlap():
+    """Grad-CAM's maps are zero in most places; which of those come first is nobody's choice."""
+    a, b = torch.zeros(4, 64), torch.zeros(4, 64)
+    a[0, 50], b[0, 60] = 1.0, 1.0  # disjoint
+    a[1, 50] = b[1, 50] = 1.0  # the same
+    a[2, 50], b[2, 50:54] = 1.0, 1.0  # one of four
+    assert attribution_agreement(a, b, top_k=6).overlap.tolist() == pytest.approx([0, 1, 0.25, np.nan], nan_ok=True)
+
+
 def test_agreement_is_pandas_and_sets():
     a, b = images(4, seed=1), images(4, seed=2) + 0.5 * images(4, seed=1)
     frame = attribution_agreement(a, b, top_k=20)
