@@ -86,8 +86,8 @@ def fit(
         meta_learning_rate, meta_optimizer, clip_meta_gradient, engine, compile: see
             :class:`~adalfl_lite.online.OnlineLoss`, and :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which
             has the first two.
-        meta_batches: "valid"; "train" to adapt on training rows alone (the text allows both); or "next", where the meta
-            batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a forward pass.
+        meta_batches: "valid"; "train" to adapt on training rows alone (the paper allows both); or "next", where the
+            meta batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a pass.
         scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
             schedule of another run, :func:`~adalfl_lite.learning_rate.replay`.
         augment: changes the inputs of a training batch at random, such as

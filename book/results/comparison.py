@@ -1,4 +1,4 @@
-"""Compare every method on every task: python book/results/comparison.py [--tasks iris wine] [--root DATA]
+"""Compare learned losses and controls on every task: python book/results/comparison.py [--tasks iris] [--root DATA]
 
 Each finished run is a file in --folder, which a rerun skips; all of them together become comparison.parquet beside this
 file. With --keep the runs that are in it count as finished. Small models train all seeds as one program, so a task
@@ -18,7 +18,7 @@ from adalfl_lite.tasks import Task, get_task
 LARGE = ("mlp", "lenet5")  # models that gain nothing from training their seeds as one program
 CHOSEN = (
     *("handcrafted", "handcrafted-tuned", "handcrafted-all", "handcrafted-long", "label-smoothing-tuned"),
-    *("rate-offline", "rate-online", "ml3", "offline", "online"),
+    *("rate-offline", "rate-online", "ml3", "offline", "online", "online-train"),
 )
 SEEDS = 10
 TASKS = {

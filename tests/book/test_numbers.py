@@ -24,9 +24,6 @@ CHAPTERS = sorted(path.stem for path in RESULTS.glob("*.json"))
 TOO_STEEP = {"live_ml3_800"}
 """Errors of training that a loss has wrecked: how badly is a matter of rounding, that it has is not."""
 
-CURVATURES = {"own_largest", "own_share", "eigenvalue_ratio"}
-"""Of a loss that was learned through a whole training: where that ends on another processor changes them by a third."""
-
 spec = importlib.util.spec_from_file_location("collect", RESULTS / "collect.py")
 collect = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(collect)
@@ -42,6 +39,7 @@ def book_is_built():
 def final() -> pd.DataFrame:
     """The last row of every stored run, found here without the package's help."""
     results = pd.read_parquet(RESULTS / "comparison.parquet")
+    results["test_error"] = results.test_error.round(6)  # of sums in float32: ties are ties
     return results.sort_values("step").groupby(["task", "method", "seed"]).tail(1)
 
 
@@ -59,8 +57,7 @@ def test_the_build_printed_the_stored_numbers(chapter):
         if name in TOO_STEEP:
             assert printed[name] > 2 * printed["live_cross_entropy"]
             continue
-        within = 0.5 if name in CURVATURES else 0.2
-        assert printed[name] == pytest.approx(value, rel=within, abs=0.015), name
+        assert printed[name] == pytest.approx(value, rel=0.2, abs=0.015), name
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -111,9 +108,9 @@ def test_the_readme_prints_the_measured_speed():
 @pytest.mark.parametrize("chapter", ["adalfl", "comparison"])
 def test_the_chapters_print_the_results(final, chapter):
     page = BeautifulSoup((BUILT / "html" / f"{chapter}.html").read_text(), "html.parser")
-    runs = pd.read_parquet(RESULTS / "comparison.parquet").query("method == 'handcrafted-long'")
-    looks = runs.sort_values(["valid_error", "valid_loss"]).groupby(["task", "seed"])
-    stopped = looks.head(1).assign(method="handcrafted-long, stopped")
+    runs = pd.read_parquet(RESULTS / "comparison.parquet").query("method in ['handcrafted', 'handcrafted-long']")
+    looks = runs.sort_values(["valid_error", "valid_loss"]).groupby(["task", "method", "seed"])
+    stopped = looks.head(1).assign(method=lambda runs: runs.method + ", stopped")
     errors = dict(list(pd.concat([final, stopped]).groupby(["task", "method"]).test_error))
     checked = set()
     for table in page("table"):
@@ -128,7 +125,8 @@ def test_the_chapters_print_the_results(final, chapter):
                         check_cell(cell, errors[task, method])
                     checked.add((task, method))
     if chapter == "adalfl":
-        errors = {(task, m) for task, m in errors if task in ("digits", "mnist-lenet5") and "long" not in m}
+        shown = {(task, m) for task, m in errors if task in ("digits", "mnist-lenet5")}
+        errors = {(task, m) for task, m in shown if "long" not in m and "stopped" not in m}
     assert checked == set(errors)
 
 
@@ -136,7 +134,7 @@ def test_every_mean_has_its_seeds(final):
     seeds = final.groupby(["task", "method"]).seed.apply(frozenset)
     for task, of_task in seeds.groupby("task"):
         assert of_task.nunique() == 1, task
-        assert len(of_task.iloc[0]) >= {"mnist-mlp": 9}.get(task, 10)
+        assert len(of_task.iloc[0]) == 10
 
 
 def test_adapting_lowers_the_cross_entropy_of_every_seed_where_the_text_says_so(final):
@@ -150,12 +148,25 @@ def test_adapting_lowers_the_cross_entropy_of_every_seed_where_the_text_says_so(
 
 def test_adapting_moves_the_error_of_the_tasks_that_the_text_names(final):
     errors = final.pivot(index=["task", "seed"], columns="method", values="test_error")
-    told = {}
-    for task, of_task in errors.groupby("task"):
-        gain = (of_task.online - of_task.offline).dropna()
-        if gain.any() and wilcoxon(gain).pvalue < 0.05:
-            told[task] = np.sign(gain.mean())
-    assert told == {"communities": -1, "mnist-mlp": 1}
+    for method, baseline, named in (
+        ("online", "offline", {"communities": -1, "mnist-mlp": 1}),
+        ("online-train", "online", {"diabetes": 1}),
+    ):
+        gains = (errors[method] - errors[baseline]).dropna().round(6)
+        of_tasks = dict(list(gains.groupby("task")))
+        pvalues = [wilcoxon(gain).pvalue if gain.any() else 1.0 for gain in of_tasks.values()]
+        told = [task for task, p in zip(of_tasks, holm(pvalues), strict=True) if p < 0.05]
+        assert {task: np.sign(of_tasks[task].mean()) for task in told} == named
+
+
+def test_the_controls_that_the_text_names_do_as_well_or_better(final):
+    errors = final.pivot(index=["task", "seed"], columns="method", values="test_error")
+    digits, linear, communities = (errors.loc[name] for name in ("digits", "mnist-linear", "communities"))
+    assert digits["label-smoothing-tuned"].mean() < digits.online.mean()
+    assert wilcoxon(linear.online - linear["handcrafted-long"]).pvalue > 0.05
+    runs = pd.read_parquet(RESULTS / "comparison.parquet").query("task == 'communities' and method == 'handcrafted'")
+    stopped = runs.sort_values(["valid_error", "valid_loss"]).groupby("seed").head(1).set_index("seed").test_error
+    assert (stopped - communities.online).mean() < 0 and wilcoxon(stopped - communities.online).pvalue < 0.05
 
 
 def test_online_is_told_from_the_tuned_task_loss_where_the_text_says_so(final):
@@ -168,6 +179,14 @@ def test_online_is_told_from_the_tuned_task_loss_where_the_text_says_so(final):
         if dict(zip(pvalues, holm(list(pvalues.values())), strict=True))["online"] < 0.05:
             told[int(np.sign(gains["online"].mean()))].append(task)
     assert told == {-1: ["digits", "mnist-linear"], 1: ["mnist-mlp"]}
+
+
+def test_the_learned_loss_walks_nearer_to_the_edge_in_every_seed():
+    walks = pd.read_parquet(RESULTS / "curvature.parquet")
+    shares = (walks.own / walks.limit).groupby([walks.method, walks.step, walks.seed]).first()
+    learned, plain, fast = (shares[name] for name in ("learned", "cross-entropy", "cross-entropy, rate x 10"))
+    assert learned.index.levshape == (21, 10) and (learned > plain).all()
+    assert (learned[400] > fast[400]).all() and learned[400].max() < 1
 
 
 def test_the_meta_learning_rate_is_chosen_on_validation_data(final):
