@@ -8,6 +8,7 @@ given are medians over repetitions, and the quartiles of the ratio to one seed a
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -95,7 +96,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "seeds.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"command": "python benchmarks/seeds.py", "threads": 1, "repeats": options.repeats, "steps": options.steps}
+    command = " ".join(["python benchmarks/seeds.py", *sys.argv[1:]])
+    result = {"command": command, "threads": 1, "repeats": options.repeats, "steps": options.steps}
     for name, work in (("rows", train), ("initialise_rows", meta_learn)):
         table = compare(work, options.repeats, options.steps)
         print(table.to_string(index=False, float_format="%.3g"))

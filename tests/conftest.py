@@ -2,10 +2,13 @@
 
 from collections import Counter
 
+import hypothesis
 import matplotlib
 import pytest
 
 matplotlib.use("Agg")
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 COUNTS = pytest.StashKey[Counter]()
 
 

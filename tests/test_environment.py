@@ -9,6 +9,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import adalfl_lite
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -68,7 +70,8 @@ def test_conda_environment_installs_this_package_under_the_constraints():
     options = pip_options()
     assert ENVIRONMENT["name"] == "adalfl"
     assert (ROOT / options["--constraint"]).samefile(ROOT / "constraints.txt")
-    assert options["--editable"].startswith(".[")
+    made = re.search(r"--editable '(.*?)'", (ROOT / "Makefile").read_text()).group(1)
+    assert options["--editable"] == made
 
 
 def test_conda_environment_has_every_required_package():
@@ -76,6 +79,10 @@ def test_conda_environment_has_every_required_package():
     chosen = PROJECT["dependencies"] + sum((PROJECT["optional-dependencies"][extra] for extra in extras), [])
     missing = set(REQUIRED) - {Requirement(r).name for r in chosen}
     assert not missing, f"environment.yml does not bring {missing}"
+
+
+def test_the_package_says_the_version_it_is_released_as():
+    assert adalfl_lite.__version__ == PROJECT["version"]
 
 
 def test_python_versions_agree():

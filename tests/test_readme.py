@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from typer.testing import CliRunner
 
 import adalfl_lite
+from adalfl_lite.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,10 +44,20 @@ def test_the_method_is_five_lines():
 def test_the_commands_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"book", "test", "setup"} <= set(targets)
-    commands = set(re.findall(r"adalfl ([a-z]+)", README))
-    shown = subprocess.run([sys.executable, "-m", "adalfl_lite.cli", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert commands and all(command in shown.stdout for command in commands), (commands, shown.stdout)
+    lines = re.findall(r"^\.venv/bin/adalfl (.*?)(?: +#.*)?$", README, re.MULTILINE)
+    lines += re.findall(r"`adalfl ([^`]+)`", README)
+    assert len(lines) >= 7
+    for command, *words in map(str.split, lines):
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
+        assert shown.exit_code == 0, command
+        for option in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{option}\b", shown.stdout), (command, option)
+
+
+def test_the_program_adalfl_is_installed():
+    program = Path(sys.executable).with_name("adalfl")
+    shown = subprocess.run([program, "tasks"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "digits" in shown.stdout
 
 
 def test_links_lead_to_files():

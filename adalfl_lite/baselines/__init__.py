@@ -7,8 +7,8 @@
     evomal      EvoMAL: expressions found by genetic programming, their weights by gradient
     searched    what the last two share: files to keep them in
 
-TaylorGLO and EvoMAL search with the packages ``cma`` and ``deap``: ``pip install 'adalfl-lite[methods]'``. Each module states
-its source, its equation and its default budget. Every loss here is a method of :mod:`adalfl_lite.methods`.
+TaylorGLO and EvoMAL search with the packages ``cma`` and ``deap``: ``pip install 'adalfl-lite[methods]'``. Each module
+states its source, its equation and its default budget. Every loss here is a method of :mod:`adalfl_lite.methods`.
 """
 
 from adalfl_lite.baselines.dynamical import DynamicalLoss

@@ -14,6 +14,17 @@ from docutils.nodes import document
 from sphinx.application import Sphinx
 
 
+def set_up(repository: str) -> str:
+    """What a notebook needs first where there is no checkout: the packages, and the results that chapters read."""
+    return "\n".join(
+        [
+            f"!git clone --quiet --depth 1 https://github.com/{repository}",
+            f"%cd {repository.split('/')[-1]}/book",
+            "%pip install --quiet '..[book]'",
+        ]
+    )
+
+
 def add_notebook(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: document | None) -> None:
     """Copy the executed notebook beside the page's source, where the theme's download menu looks for it."""
     executed = Path(app.outdir).parent / "jupyter_execute" / f"{page}.ipynb"
@@ -21,8 +32,7 @@ def add_notebook(app: Sphinx, page: str, template: str, context: dict[str, Any],
         return
     notebook = nbformat.read(executed, as_version=4)
     if repository := os.environ.get("GITHUB_REPOSITORY"):
-        install = f"%pip install --quiet git+https://github.com/{repository}"
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(install))
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(set_up(repository)))
     target = Path(app.outdir) / "_sources" / f"{page}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)

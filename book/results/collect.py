@@ -43,6 +43,7 @@ def chapters() -> list[str]:
 def results_table() -> str:
     """Mean test errors with intervals, tasks in rows and the main methods in columns, as Markdown."""
     final = final_errors(pd.read_parquet(HERE / "comparison.parquet"))
+    final["test_error"] = final.test_error.round(6)  # of sums in float32: ties are ties
     summary = summarise(final[final.method.isin(SHOWN)])
     cells = summary.assign(cell=[f"{r.mean:.4f} [{r.low:.4f}, {r.high:.4f}]" for r in summary.itertuples()])
     table = cells.pivot(index="task", columns="method", values="cell").loc[summary.task.unique(), SHOWN]

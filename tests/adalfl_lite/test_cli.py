@@ -439,7 +439,7 @@ def test_misspelt_commands_show_the_usage(arguments):
 @pytest.mark.slow
 def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
     """Its exit status, its streams and its files, as a shell sees them."""
-    program = [sys.executable, "-c", "from adalfl_lite.cli import app; app()"]
+    program = [str(Path(sys.executable).with_name("adalfl"))]
     environment = {**os.environ, **WIDE, "OMP_NUM_THREADS": "1"}
 
     def shell(*arguments):

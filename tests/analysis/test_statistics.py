@@ -145,7 +145,7 @@ def test_probability_of_improvement_is_mann_whitney(a, b):
 
 
 def test_probability_of_improvement_interval_is_scipys():
-    a, b = A, A + RNG.normal(0.01, 0.02, 10)
+    a, b = A, A + np.random.default_rng(8).normal(0.01, 0.02, 10)
 
     def chance(x, y, axis=-1):
         return (x[..., :, None] < y[..., None, :]).mean((-2, -1))
@@ -174,7 +174,7 @@ def test_interquartile_mean_cuts_a_quarter_at_each_end():
 
 
 def test_holm_by_definition():
-    p = RNG.uniform(0, 0.2, 6)
+    p = np.random.default_rng(9).uniform(0, 0.2, 6)
     order = np.argsort(p)
     expected = np.empty(6)
     for rank, index in enumerate(order):
