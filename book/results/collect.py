@@ -53,19 +53,20 @@ def results_table() -> str:
 
 def speed_table() -> str:
     """The cost of a meta step in plain steps: ours, and the fastest peer's, as Markdown."""
-    ratios = pd.DataFrame(json.loads(STEPS.read_text())["rows"]).pivot(
-        index="model", columns="engine", values="time_ratio"
-    )
+    steps = pd.DataFrame(json.loads(STEPS.read_text())["rows"])
+    ratios = steps.pivot(index="model", columns="engine", values="time_ratio")
+    exact = steps[steps.engine == "forward"].set_index("model")
     lines = []
     for model, name in MODELS.items():
         if model not in ratios.index:
             continue
         ours, peers = ratios.loc[model], ratios.loc[model, ratios.columns.intersection(PEERS)].dropna()
         times = f"{peers.min() / ours.forward:.2f}"
-        lines.append(
-            [name, f"{ours.forward:.2f}", f"{ours.shared:.2f}", f"{peers.min():.2f} ({peers.idxmin()})", times]
-        )
-    return markdown(["model", "exact", "shared", "fastest peer", "peer / exact"], lines)
+        row = exact.loc[model]
+        quartiles = f"{row.time_ratio:.2f} [{row.time_ratio_low:.2f}, {row.time_ratio_high:.2f}]"
+        peer = f"{peers.min():.2f} ({peers.idxmin()})"
+        lines.append([name, str(row.rounds), quartiles, f"{ours.shared:.2f}", peer, times])
+    return markdown(["model", "rounds", "exact", "shared", "fastest peer", "peer / exact"], lines)
 
 
 def markdown(header: list[str], lines: Iterable[Iterable[str]]) -> str:

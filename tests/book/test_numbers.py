@@ -100,12 +100,15 @@ def test_the_readme_prints_the_results(final):
 def test_the_readme_prints_the_measured_speed():
     rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["rows"]
     cost = {(row["model"], row["engine"]): row["time_ratio"] for row in rows}
+    of_exact = {row["model"]: row for row in rows if row["engine"] == "forward"}
     text = (ROOT / "README.md").read_text().split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()[2:]]
     models = dict.fromkeys(row["model"] for row in rows)
     assert len(lines) == len(models) >= 4
-    for model, (_, exact, shared, peer, times) in zip(models, lines, strict=True):
-        assert float(exact) == pytest.approx(cost[model, "forward"], abs=0.0051)
+    for model, (_, rounds, exact, shared, peer, times) in zip(models, lines, strict=True):
+        assert int(rounds) == of_exact[model]["rounds"]
+        quartiles = [of_exact[model][name] for name in ("time_ratio", "time_ratio_low", "time_ratio_high")]
+        assert list(map(float, re.findall(r"[\d.]+", exact))) == pytest.approx(quartiles, abs=0.0051)
         assert float(shared) == pytest.approx(cost[model, "shared"], abs=0.0051)
         fastest, name = re.fullmatch(r"([\d.]+) \((\w+)\)", peer).groups()
         peers = {engine: ratio for (m, engine), ratio in cost.items() if m == model and engine in collect.PEERS}
