@@ -122,7 +122,9 @@ def test_the_chapters_print_the_results(final, chapter):
     page = BeautifulSoup((BUILT / "html" / f"{chapter}.html").read_text(), "html.parser")
     runs = pd.read_parquet(RESULTS / "comparison.parquet").query("method in ['handcrafted', 'handcrafted-long']")
     looks = runs.sort_values(["valid_error", "valid_loss"]).groupby(["task", "method", "seed"])
-    stopped = looks.head(1).assign(method=lambda runs: runs.method + ", stopped")
+    stopped = looks.head(1).assign(
+        method=lambda runs: runs.method + ", stopped", test_error=lambda runs: runs.test_error.round(6)
+    )
     errors = dict(list(pd.concat([final, stopped]).groupby(["task", "method"]).test_error))
     checked = set()
     for table in page("table"):
