@@ -16,7 +16,7 @@ setup: $(READY)  ## create .venv with the package and all its tools
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "adalfl-lite needs Python 3.11 or newer and '$(PYTHON)' is not: name one, as in 'make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'" >&2; exit 1; }
-	@echo 'Setting up .venv: PyTorch and all tools, about 6 GB and a few minutes'
+	@echo 'Setting up .venv: PyTorch and all tools, about 7 GB and a few minutes'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[book,cluster,dev,methods]'

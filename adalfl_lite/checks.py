@@ -21,7 +21,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return ValueError(f"unknown {what} {name!r}; {hint}known {what}s: {', '.join(known)}")
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return ValueError(f"unknown {what} {name!r}; {hint}known {plural}: {', '.join(known)}")
 
 
 def check_counts(**counts: int | tuple[int, int]) -> None:

@@ -236,11 +236,11 @@ def compare_command(
         adalfl compare digits wine --methods handcrafted,online,handcrafted-tuned --seeds 10 --jobs 2
         adalfl compare digits --methods handcrafted,label-smoothing,online --label-noise 0.4
     """
-    wanted = [*(tasks or ()), *(task or ())]
+    wanted = dict.fromkeys([*(tasks or ()), *(task or ())])
     if not wanted:
         _fail("no task is given; add a name from `adalfl tasks`, as in: adalfl compare digits")
     chosen = [_task(name, steps, label_noise, imbalance) for name in wanted]
-    names = [name.strip() for name in methods.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",")))
     for name in names:
         for each in chosen:
             _checked(check_applies, name, each)
@@ -306,6 +306,8 @@ def table_command(
     if value not in runs:
         _fail(f"the results have no column for {value}; they were not written by compare")
     table = _checked(comparison_table, runs, reference, value.value)
+    if table.diverged.any():
+        notes.append("In brackets, runs that diverged: the mean is of the others, and is not tested.")
     if value is Value.cost and "seeds_together" in runs and (runs.seeds_together > 1).any():
         table = without_shares(table, runs)
         notes.append(

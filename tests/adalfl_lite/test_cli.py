@@ -310,7 +310,7 @@ def test_shares_of_one_program_are_neither_the_cheapest_nor_tested(comparison, t
 
 def test_no_validation_error_is_shown_of_what_trained_on_it(tmp_path):
     options = ("--methods", "handcrafted,handcrafted-all", "--seeds", 1, "--steps", 4, "--out", tmp_path)
-    succeeds("compare", "--task", "iris", "--task", "wine", *options)
+    succeeds("compare", "iris", "--task", "iris", "--task", "wine", *options)
     text = succeeds("table", tmp_path / "comparison.parquet", "--value", "valid_error")
     assert "| handcrafted-all |" not in text and "Without handcrafted-all: trained on the validation split" in text
     assert "iris | wine" in text and "| handcrafted-all |" in succeeds("table", tmp_path / "comparison.parquet")
@@ -325,6 +325,7 @@ def test_table_shows_the_results_that_come_with_the_book():
     for method in ("handcrafted", "online"):
         assert sum(line.startswith(f"| {method} |") for line in lines) == 1
     assert text.count("**") // 2 >= 5 and "↓" in text
+    assert "(4 diverged)" in text and "In brackets, runs that diverged" in text
     assert "iris" in succeeds("table", stored, "--value", "cost").splitlines()[0]
 
 
