@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from adalfl_lite.baselines import SymbolicLoss, TaylorLoss
+from adalfl_lite.baselines import SymbolicLoss
 from adalfl_lite.data import BUNDLED
 from adalfl_lite.experiments import (
     MAIN_METHODS,
@@ -30,7 +30,7 @@ from adalfl_lite.experiments import (
     write_results,
 )
 from adalfl_lite.files import atomic_path, atomic_save
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses import StoredLoss
 from adalfl_lite.methods import training_steps
 from adalfl_lite.tasks import TASKS, Task, get_task
 from analysis.loss_shapes import loss_curves, plot_loss_curves
@@ -174,10 +174,10 @@ def train(
     _usable(device, out)
     _load(chosen, root=root, download=download, seed=seed)
     stem = out / f"{chosen.name}--{method}--seed{seed}"
-    curves: dict[int, LossNetwork | TaylorLoss | SymbolicLoss] = {}
+    curves: dict[int, StoredLoss] = {}
 
     def keep(step: int, model: Any, loss: Any) -> None:
-        if isinstance(loss, LossNetwork | TaylorLoss | SymbolicLoss):
+        if isinstance(loss, StoredLoss):
             curves[step] = copy.deepcopy(loss).cpu()
         if step == training_steps(chosen, method):  # before the last checkpoint says that there is no more to do
             weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}

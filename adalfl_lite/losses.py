@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,38 @@ class SmoothLeakyReLU(nn.Module):
         return f"beta={self.beta}, gamma={self.gamma}"
 
 
-class LossNetwork(nn.Module):
+class StoredLoss(nn.Module):
+    """A loss with parameters that can be kept in a file; ``config`` is what its constructor is called with."""
+
+    format: ClassVar[str]
+    what: ClassVar[str]
+    kind: str
+    config: dict[str, Any]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the parameters and ``config`` to ``path``, atomically."""
+        atomic_save({"format": self.format, "config": self.config, "state": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Read a loss of this class written by :meth:`save`, onto the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, or holds something else.
+        """
+        payload = load_payload(path, cls.format)
+        try:
+            loss, state = cls(**payload["config"]), payload["state"]
+            loss.to(next(iter(state.values())).dtype).load_state_dict(state)
+        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
+            raise ValueError(f"{path} is not a whole {cls.what}: {error}") from error
+        if not all(parameter.isfinite().all() for parameter in loss.parameters()):
+            raise ValueError(f"{path} holds a {cls.what} whose parameters are not finite; use an earlier one")
+        return loss
+
+
+class LossNetwork(StoredLoss):
     """M_φ, equation (1): a learned loss. Called like any torch loss, ``loss_network(prediction, target)``.
 
     Build it with :meth:`classification`, :meth:`regression` or :meth:`ml3`; the constructor exposes every choice.
@@ -132,11 +163,14 @@ class LossNetwork(nn.Module):
         ValueError: an unknown choice, named.
     """
 
+    format = FORMAT
+    what = "loss network"
+
     def __init__(
         self,
         kind: str,
         *,
-        hidden: tuple[int, ...] = (40, 40),
+        hidden: Sequence[int] = (40, 40),
         activation: str = "smooth_leaky_relu",
         output_activation: str = "smooth_leaky_relu",
         beta: float = 10.0,
@@ -151,7 +185,7 @@ class LossNetwork(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.kind, self.reduction, self.anchored = kind, reduction, anchored
-        self._config = {
+        self.config = {
             "kind": kind,
             "hidden": list(hidden),
             "activation": activation,
@@ -244,30 +278,6 @@ class LossNetwork(nn.Module):
     def clone(self) -> LossNetwork:
         """An independent copy with the same φ."""
         return copy.deepcopy(self)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write φ and the architecture to ``path``, atomically."""
-        atomic_save({"format": FORMAT, "config": self._config, "state": self.state_dict()}, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> LossNetwork:
-        """Read a loss network written by :meth:`save`, onto the CPU.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is damaged or not a loss network.
-        """
-        payload = load_payload(path, FORMAT)
-        try:
-            config = {**payload["config"], "hidden": tuple(payload["config"]["hidden"])}
-            network = cls(**config)
-            state = payload["state"]
-            network.to(next(iter(state.values())).dtype).load_state_dict(state)
-        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
-            raise ValueError(f"{path} is not a whole loss network: {error}") from error
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            raise ValueError(f"{path} holds a loss network whose parameters are not finite; use an earlier one")
-        return network
 
     def _network(self, target: Tensor, output: Tensor) -> Tensor:
         return self.network(torch.stack([target, output], dim=-1)).squeeze(-1)

@@ -5,7 +5,6 @@
     newton      a Newton step in output space in the place of the gradient
     taylor      TaylorGLO: a polynomial whose coefficients are found by CMA-ES
     evomal      EvoMAL: expressions found by genetic programming, their weights by gradient
-    searched    what the last two share: files to keep them in
 
 TaylorGLO and EvoMAL search with the packages ``cma`` and ``deap``: ``pip install 'adalfl-lite[methods]'``. Each module
 states its source, its equation and its default budget. Every loss here is a method of :mod:`adalfl_lite.methods`.

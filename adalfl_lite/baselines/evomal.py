@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalfl_lite.baselines.searched import SearchedLoss
-from adalfl_lite.losses import Loss, check_kind, output_pairs
+from adalfl_lite.losses import Loss, StoredLoss, check_kind, output_pairs
 
 GENERATIONS, POPULATION, LOCAL_STEPS = 10, 24, 250
 """Our default budget: at most 264 candidates; those not sorted out have 250 steps of local search and a training."""
@@ -54,7 +53,7 @@ Expression = Sequence[str]
 """A tree in prefix order, such as ("absolute", "subtract", "y", "p")."""
 
 
-class SymbolicLoss(SearchedLoss):
+class SymbolicLoss(StoredLoss):
     """M_w = 1/(B·C) Σ_b Σ_c e_w(y_bc, p_bc): an expression in which every node's value is multiplied by a weight.
 
     Args:
@@ -66,6 +65,7 @@ class SymbolicLoss(SearchedLoss):
     """
 
     format = "adalfl-symbolic-loss-1"
+    what = "symbolic loss"
 
     def __init__(self, kind: str, expression: Expression):
         super().__init__()

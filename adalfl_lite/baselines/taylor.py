@@ -14,14 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from adalfl_lite.baselines.searched import SearchedLoss
-from adalfl_lite.losses import check_kind, output_pairs
+from adalfl_lite.losses import StoredLoss, check_kind, output_pairs
 
 GENERATIONS, POPULATION, SPREAD = 15, 8, 1.0
 """Our default budget: 120 short trainings. The paper's, for image tasks, is larger."""
 
 
-class TaylorLoss(SearchedLoss):
+class TaylorLoss(StoredLoss):
     """The polynomial loss, with y the target, p the prediction and coefficients θ_0 ... θ_7,
 
         M_θ = −1/(B·C) Σ_b Σ_c [ θ_2 d + ½ θ_3 d² + ⅙ θ_4 d³ + θ_5 e d + ½ θ_6 e d² + ½ θ_7 e² d ],          (1)
@@ -35,6 +34,7 @@ class TaylorLoss(SearchedLoss):
     """
 
     format = "adalfl-taylor-loss-1"
+    what = "Taylor loss"
 
     def __init__(self, kind: str, coefficients: Tensor | None = None):
         super().__init__()

@@ -309,7 +309,7 @@ def test_files_that_are_not_a_whole_loss_network_are_refused(tmp_path):
     torch.save(network, path)  # a pickled module: refused, not run
     with pytest.raises(ValueError, match=r"loss\.pt cannot be read"):
         LossNetwork.load(path)
-    config, state = network._config, network.state_dict()
+    config, state = network.config, network.state_dict()
     for payload in (
         {"config": config},
         {"config": config, "state": {}},
