@@ -19,16 +19,16 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam, LayerIntegratedGradients, Occlusion
+from captum.attr import IntegratedGradients, LayerAttribution, Occlusion
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from scipy import stats
 from torch import Tensor, nn
 
-from analysis.inputs import evaluation_copy
+from analysis.inputs import call, evaluation, plain_kernels
 from analysis.plotting import DIVERGING, PALETTE
 
-Output = Callable[[Tensor], Tensor]
+Output = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def integrated_gradients(
     """
     _positive(steps=steps)
 
-    def attribute(f: Output, _: nn.Module, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def attribute(f: Output, _: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return IntegratedGradients(f).attribute(x, b, target=y, n_steps=steps, return_convergence_delta=True)
 
     return _explain(attribute, model, inputs, target, baseline, chunk_size)
@@ -103,9 +103,9 @@ def layer_integrated_gradients(
     Args:
         model: see :func:`integrated_gradients`.
         layer: name of a module, as in ``model.named_modules()``, that returns one tensor.
-        inputs: (N, ...), floating.
+        inputs: (N, ...), floating; or integers, such as the ids of tokens (N, L) for an embedding.
         target: see :func:`integrated_gradients`.
-        baseline: an *input*, see there.
+        baseline: an *input*, see there; for ids an id, or a tensor of ids, such as that of padding.
         steps: points of the quadrature.
         chunk_size: examples explained at once.
 
@@ -117,9 +117,13 @@ def layer_integrated_gradients(
     """
     _positive(steps=steps)
 
-    def attribute(f: Output, module: nn.Module, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        method = LayerIntegratedGradients(f, module)
-        return method.attribute(x, b, target=y, n_steps=steps, return_convergence_delta=True)
+    def attribute(f: Output, cut: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        assert cut is not None  # noqa: S101  (a layer is named)
+        method, hidden, start = IntegratedGradients(cut.above), cut.below(x), cut.below(b)
+        values = method.attribute(hidden, start, target=y, n_steps=steps, additional_forward_args=(x,))
+        with torch.no_grad():
+            difference = (f(x) - f(b)).gather(1, y[:, None])[:, 0]
+        return values, values.flatten(1).sum(1) - difference
 
     return _explain(attribute, model, inputs, target, baseline, chunk_size, layer)
 
@@ -137,7 +141,7 @@ def grad_cam(
     Args:
         model: see :func:`integrated_gradients`.
         layer: name of a convolution, as a rule the last one, or of another module whose output is ``(N, K, *space)``.
-        inputs: ``(N, C, *space)``, floating, such as images (N, C, H, W).
+        inputs: ``(N, C, *space)``, such as images (N, C, H, W).
         target: see :func:`integrated_gradients`.
         relu: cut negative values off, as published.
         chunk_size: examples explained at once.
@@ -149,8 +153,14 @@ def grad_cam(
         ValueError: see :func:`layer_integrated_gradients`; or a layer whose output has no spatial dimensions.
     """
 
-    def attribute(f: Output, module: nn.Module, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
-        return LayerGradCam(f, module).attribute(x, y, relu_attributions=relu), None
+    def attribute(f: Output, cut: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
+        assert cut is not None  # noqa: S101  (a layer is named)
+        maps = cut.below(x).requires_grad_()
+        (gradient,) = torch.autograd.grad(cut.above(maps, x).gather(1, y[:, None]).sum(), maps, materialize_grads=True)
+        space = tuple(range(2, maps.ndim))
+        weights = gradient.mean(space, keepdim=True) if space else gradient
+        values = (weights * maps.detach()).sum(1, keepdim=True)
+        return values.clamp(min=0) if relu else values, None
 
     explained = _explain(attribute, model, inputs, target, 0.0, chunk_size, layer)
     space = tuple(inputs.shape[2:])
@@ -201,7 +211,7 @@ def occlusion(
     channels = tuple(inputs.shape[1:2]) if inputs.ndim > 2 else ()
     windows, strides = (channels + (length,) * len(space) for length in (window, stride))
 
-    def attribute(f: Output, _: nn.Module, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
+    def attribute(f: Output, _: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
         return Occlusion(f).attribute(x, windows, strides, b, y, perturbations_per_eval=8), None
 
     return _explain(attribute, model, inputs, target, baseline, chunk_size)
@@ -368,67 +378,106 @@ def _overlay() -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("overlay", steps)
 
 
+class _Cut:
+    """A model cut in two at the output of a layer, which it calls once."""
+
+    def __init__(self, f: Output, module: nn.Module):
+        self.f, self.module = f, module
+
+    def below(self, x: Tensor) -> Tensor:
+        """The layer's output at x, as it is before anything after it may change it in place."""
+        return self._run(x, None)[1].detach()
+
+    def above(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """The model's output at x, with ``hidden`` for what the layer gives."""
+        return self._run(x, hidden)[0]
+
+    def _run(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def hook(_: nn.Module, arguments: object, output: Tensor) -> Tensor | None:
+            seen.append(output.clone())
+            return None if hidden is None else hidden.clone()
+
+        handle = self.module.register_forward_hook(hook)
+        try:
+            return self.f(x), seen[0]
+        finally:
+            handle.remove()
+
+
 def _explain(
-    attribute: Callable[[Output, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    attribute: Callable[[Output, _Cut | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     model: nn.Module,
     inputs: Tensor,
     target: int | Tensor | None,
     baseline: float | Tensor,
     chunk_size: int,
-    layer: str = "",
+    layer: str | None = None,
 ) -> Attribution:
-    """Chunk by chunk, ``attribute(f, module, x, target, baseline)`` -> (values, delta).
+    """Chunk by chunk, ``attribute(f, cut, x, target, baseline)`` -> (values, delta).
 
-    f: (n, ...) -> (n, C) calls a copy of the model in eval mode, for captum to hook, and ``module`` is its layer.
+    f: (n, ...) -> (n, C) calls the model in eval mode, and ``cut`` is the model cut at the layer, if one is named.
     """
     _positive(chunk_size=chunk_size)
-    if inputs.ndim < 2 or not inputs.is_floating_point() or len(inputs) == 0:
+    ids = layer is not None and inputs.dtype in (torch.int32, torch.int64)
+    if inputs.ndim < 2 or not (inputs.is_floating_point() or ids) or len(inputs) == 0:
         found = f"{inputs.dtype} {tuple(inputs.shape)}"
-        raise ValueError(f"inputs must be floating, of shape (N, ...) with N >= 1; got {found}")
-    device = next((p.device for p in model.parameters()), inputs.device)
+        raise ValueError(
+            f"inputs must be floating, of shape (N, ...) with N >= 1; got {found}. Token ids are explained by "
+            "layer_integrated_gradients at their embedding"
+        )
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), inputs.device)
     inputs = inputs.detach().to(device)
+    given = torch.as_tensor(baseline, dtype=None if ids else inputs.dtype)
+    if ids and given.is_floating_point() and not torch.equal(given, given.round()):
+        raise ValueError(f"the baseline of token ids must be ids, whole numbers; got {baseline}")
     try:
-        baselines = torch.as_tensor(baseline, dtype=inputs.dtype, device=device).detach().expand_as(inputs)
+        baselines = given.to(device, inputs.dtype).detach().expand_as(inputs)
     except RuntimeError:
-        found = f"{tuple(torch.as_tensor(baseline).shape)}"
+        found = f"{tuple(given.shape)}"
         raise ValueError(f"a baseline of shape {found} does not broadcast to inputs {tuple(inputs.shape)}") from None
     for name, tensor in (("inputs", inputs), ("the baseline", baselines)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must not hold NaN or infinity; clean the data first")
 
-    with evaluation_copy(model) as lent, torch.enable_grad():
-        for module in lent.modules():
-            if getattr(module, "inplace", False):  # would overwrite what captum's hooks have seen
-                setattr(module, "inplace", False)  # noqa: B010  (nn.Module has no such attribute in general)
+    with evaluation(model), plain_kernels(model, order=1), torch.enable_grad():
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
         def f(x: Tensor) -> Tensor:
-            outputs = lent(x)
+            outputs = call(model, parameters, x)
             return outputs[:, None] if outputs.ndim == 1 else outputs
 
         with torch.no_grad():
             outputs = torch.cat([f(x) for x in inputs.split(chunk_size)])
         targets = _targets(outputs, target, len(inputs))
-        module = _layer(f, lent, layer, inputs[:1])
+        cut = None if layer is None else _Cut(f, _layer(f, model, layer, inputs[:1]))
         values, deltas = [], []
         for x, y, b in zip(*(part.split(chunk_size) for part in (inputs, targets, baselines)), strict=True):
-            value, delta = attribute(f, module, x, y, b)
-            values.append(value.detach().to(inputs.dtype))
+            value, delta = attribute(f, cut, x, y, b)
+            values.append(value.detach() if ids else value.detach().to(inputs.dtype))
             if delta is not None:
                 deltas.append(delta.detach())
     return Attribution(torch.cat(values), targets, torch.cat(deltas) if deltas else None)
 
 
 def _layer(f: Output, model: nn.Module, name: str, example: Tensor) -> nn.Module:
-    """The module of that name, which f must call once and which must return a tensor."""
+    """The module of that name, which f must call once and which must return a floating tensor."""
     known = dict(model.named_modules(remove_duplicate=False))
     if name not in known:
         raise ValueError(f"the model has no layer {name!r}; it has {', '.join(filter(None, known))}")
     seen: list[object] = []
-    handle = known[name].register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        f(example)
-    handle.remove()
-    if len(seen) != 1 or not isinstance(seen[0], Tensor):
+
+    def hook(module: nn.Module, arguments: object, output: object) -> None:
+        seen.append(output)
+
+    handle = known[name].register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            f(example)
+    finally:
+        handle.remove()
+    if len(seen) != 1 or not (isinstance(seen[0], Tensor) and seen[0].is_floating_point()):
         found = f"is called {len(seen)} times" if len(seen) != 1 else f"returns {type(seen[0]).__name__}"
         raise ValueError(f"a layer to explain must be called once and return one tensor, but {name!r} {found}")
     return known[name]

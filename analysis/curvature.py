@@ -7,8 +7,11 @@ parameters and one of
 - ``"ggn"``: the generalised Gauss-Newton matrix 1/N Σ_n J_nᵀ (∇²_f ℓ_n) J_n, with J_n the Jacobian of f_θ(x_n). It has
   no negative eigenvalue if ℓ is convex in the prediction, as cross-entropy is and a learned loss need not be.
 
-Neither is ever formed: curvlinops multiplies vectors with it. Batches of unequal size are weighted by their size, and
-kept in memory.
+Neither is ever formed: curvlinops works with products of it and vectors, see :mod:`analysis.matrices`. Batches of
+unequal size are weighted by their size, and kept in memory. Of a model in half precision all is computed in float32.
+
+What the model holds constant by ``torch.no_grad`` is constant in these matrices too, as it is in its backward pass. A
+model whose backward pass has no right derivative, or none, is refused with a ``NotImplementedError``.
 
 The matrix belongs to the model in eval mode: dropout is off, and BatchNorm uses its running statistics, as constants.
 With ``batchnorm="train"`` each batch is normalised by its own statistics, and differentiated through them.
@@ -23,10 +26,8 @@ For example::
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,23 +36,19 @@ import torch
 from matplotlib.axes import Axes
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from analysis.inputs import Batch, Loss, as_batches, evaluation_copy
+from analysis.derivatives import TORCHSCRIPT, backward
+from analysis.inputs import Batch, Loss
+from analysis.matrices import check_choice, operator, prepared
 from analysis.plotting import PALETTE
-
-TORCHSCRIPT = ("`torch.jit.script` is deprecated", FutureWarning)
-"""A warning of torch about itself: as a dependency of curvlinops is imported, and at the first forward-mode pass."""
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", *TORCHSCRIPT)
-    from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace, hutchpp_trace
+    from curvlinops import hutchinson_trace, hutchpp_trace
     from curvlinops.papyan2020traces.spectrum import fast_lanczos, lanczos_approximate_spectrum_from_iter
 
 Data = Batch | Iterable[Batch]
 
-MATRICES = ("hessian", "ggn")
 WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
 TRACES = {"hutchinson": hutchinson_trace, "hutch++": hutchpp_trace}
 
@@ -115,18 +112,19 @@ def top_eigenpairs(
     Raises:
         ValueError: an argument is not one of its choices, the data are empty or hold NaN, or the loss is no finite
             scalar.
+        NotImplementedError: the model cannot be differentiated twice.
         RuntimeError: the tolerance is not met after 1,000 restarts.
     """
-    _check_choice("which", which, WHICH)
-    with _operator(model, loss, data, matrix, batchnorm, seed) as (operator, parameters):
-        size = operator.shape[0]
+    check_choice("which", which, WHICH)
+    with operator(model, loss, data, matrix, batchnorm, seed) as (linear, parameters):
+        size = linear.shape[0]
         if not 1 <= count < size:
             raise ValueError(f"count must be at least 1 and less than the {size} parameters, got {count}")
-        precision = torch.zeros((), dtype=operator.dtype).numpy().dtype
+        precision = torch.zeros((), dtype=linear.dtype).numpy().dtype
         start = np.random.default_rng(seed).standard_normal(size).astype(precision)
         try:
             values, columns = eigsh(
-                operator.to_scipy(precision), count, which=WHICH[which], v0=start, tol=tolerance, maxiter=1000
+                linear.to_scipy(precision), count, which=WHICH[which], v0=start, tol=tolerance, maxiter=1000
             )
         except ArpackNoConvergence as error:
             raise RuntimeError(
@@ -135,7 +133,7 @@ def top_eigenpairs(
         order = np.argsort({"largest": -values, "smallest": values, "magnitude": -np.abs(values)}[which])
         vectors = []
         for column in columns.T[order]:
-            flat = torch.as_tensor(column * np.sign(column[np.abs(column).argmax()]), device=operator.device)
+            flat = torch.as_tensor(column * np.sign(column[np.abs(column).argmax()]), device=linear.device)
             parts = flat.split([parameter.numel() for parameter in parameters.values()])
             shaped = zip(parameters.items(), parts, strict=True)
             vectors.append({name: part.reshape(parameter.shape) for (name, parameter), part in shaped})
@@ -175,14 +173,14 @@ def trace(
     Raises:
         ValueError: as in :func:`top_eigenpairs`.
     """
-    _check_choice("method", method, (*TRACES, "exact"))
-    with _operator(model, loss, data, matrix, batchnorm, seed) as (operator, _):
-        size = operator.shape[0]
+    check_choice("method", method, (*TRACES, "exact"))
+    with operator(model, loss, data, matrix, batchnorm, seed) as (linear, _):
+        size = linear.shape[0]
         if method == "exact":
             total = 0.0
-            for rows in torch.arange(size, device=operator.device).split(products):
-                units = (torch.arange(size, device=operator.device)[:, None] == rows).to(operator.dtype)
-                total += (operator @ units)[rows].trace().item()
+            for rows in torch.arange(size, device=linear.device).split(products):
+                units = (torch.arange(size, device=linear.device)[:, None] == rows).to(linear.dtype)
+                total += (linear @ units)[rows].trace().item()
             return Trace(total, 0.0)
         if not 1 <= products < size or (method == "hutch++" and products % 3):
             raise ValueError(
@@ -190,7 +188,7 @@ def trace(
             )
         if repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {repeats}")
-        values = np.array([TRACES[method](operator, products).item() for _ in range(repeats)])
+        values = np.array([TRACES[method](linear, products).item() for _ in range(repeats)])
     error = values.std(ddof=1) / repeats**0.5 if repeats > 1 else np.nan
     return Trace(float(values.mean()), float(error))
 
@@ -226,13 +224,13 @@ def spectral_density(
     Raises:
         ValueError: as in :func:`top_eigenpairs`; or there are fewer different eigenvalues than nodes.
     """
-    with _operator(model, loss, data, matrix, batchnorm, seed) as (operator, _):
-        if not 2 <= nodes <= operator.shape[0]:
-            raise ValueError(f"nodes must be between 2 and the {operator.shape[0]} parameters, got {nodes}")
+    with operator(model, loss, data, matrix, batchnorm, seed) as (linear, _):
+        if not 2 <= nodes <= linear.shape[0]:
+            raise ValueError(f"nodes must be between 2 and the {linear.shape[0]} parameters, got {nodes}")
         if repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {repeats}")
         try:
-            runs = [fast_lanczos(operator, nodes) for _ in range(repeats)]
+            runs = [fast_lanczos(linear, nodes) for _ in range(repeats)]
         except torch.linalg.LinAlgError as error:
             raise ValueError(f"the Lanczos method broke down before {nodes} nodes; use fewer nodes") from error
     # the extreme Ritz values are where Lanczos converges first
@@ -275,130 +273,29 @@ def adaptive_sharpness(model: nn.Module, loss: Loss, data: Data, rho: float = 0.
 def _rise(model: nn.Module, loss: Loss, data: Data, rho: float, batchnorm: str, adaptive: bool) -> float:
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}")
-    with _plain_kernels(model), _prepared(model, loss, data, batchnorm) as (net, parameters, batches):
-        total = sum(len(x) for x, _ in batches)
+    with prepared(model, loss, data, batchnorm) as problem:
+        total = sum(len(x) for x, _ in problem.batches)
+        parameters = {name: leaf.detach() for name, leaf in problem.leaves.items()}
         gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         before = after = 0.0
-
-        def value(moved: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return loss(functional_call(net, moved, (x,)), y)
-
-        for x, y in batches:
-            found, batch_value = grad_and_value(value)(parameters, x, y)
-            before += batch_value.item() * len(x) / total
-            for name in gradient:
-                gradient[name] += found[name] * (len(x) / total)
+        for x, y in problem.batches:
+            with problem.open():
+                value = problem.value(x, y)
+                found = backward([value], list(problem.leaves.values()), [torch.ones_like(value)])
+            before += value.item() * len(x) / total
+            for name, part in zip(gradient, found, strict=True):
+                gradient[name] += part * (len(x) / total)
         scales = {name: p.abs() if adaptive else torch.ones_like(p) for name, p in parameters.items()}
         norm = torch.stack([(scales[name] * gradient[name]).norm() for name in gradient]).norm()
         if not torch.isfinite(norm):
             raise ValueError("the gradient of the loss is not finite; check the model and the loss")
         if norm == 0:
             return 0.0
-        moved = {name: p + rho / norm * scales[name] ** 2 * gradient[name] for name, p in parameters.items()}
-        for x, y in batches:
-            after += value(moved, x, y).item() * len(x) / total
+        problem.leaves = {name: p + rho / norm * scales[name] ** 2 * gradient[name] for name, p in parameters.items()}
+        for x, y in problem.batches:
+            with problem.open(), torch.no_grad():
+                after += problem.loss(model(x.clone()), y).item() * len(x) / total
     return after - before
-
-
-@contextmanager
-def _prepared(
-    model: nn.Module, loss: Loss, data: Data, batchnorm: str
-) -> Iterator[tuple[nn.Module, dict[str, Tensor], list[Batch]]]:
-    """A copy of the model, its trainable parameters, and the batches on their device, all checked."""
-    _check_choice("batchnorm", batchnorm, ("eval", "train"))
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trainable:
-        raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
-    with evaluation_copy(model, batch_statistics=batchnorm == "train") as net, torch.no_grad():
-        parameters: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if name in trainable}
-        device = parameters[trainable[0]].device
-        batches = [(x.to(device), y.to(device)) for x, y in as_batches(data)]
-        for position, (x, y) in enumerate(batches):
-            value = loss(net(x), y)
-            if value.ndim or not torch.isfinite(value):
-                raise ValueError(f"batch {position}: the loss must be a finite scalar, got {value.cpu()}")
-        yield net, parameters, batches
-
-
-class _Mean(nn.Module):
-    """A loss that tells curvlinops to weight batches by their size."""
-
-    reduction = "mean"
-
-    def __init__(self, loss: Loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return self.loss(prediction, target)
-
-
-class _Hessian(HessianLinearOperator):
-    """The Hessian of curvlinops, with the products of a batch by two reverse passes: H V is the pullback of ∇L at V.
-
-    The ``jvp`` of ``jacrev`` that curvlinops takes, and ``torch.func.hessian``, are silently wrong in torch 2.15 where
-    the scales of LayerNorm, InstanceNorm, or BatchNorm in train mode are parameters.
-    """
-
-    def _matmat_batch(self, X: Tensor, y: Tensor, M: list[Tensor]) -> list[Tensor]:
-        names = {id(parameter): name for name, parameter in self._model_func.named_parameters()}
-        parameters = {names[id(parameter)]: parameter.detach() for parameter in self._params}
-
-        def value(moved: dict[str, Tensor]) -> Tensor:
-            return self._loss_func(functional_call(self._model_func, moved, (X,)), y)
-
-        pullback = vjp(grad(value), parameters)[1]
-        vectors = dict(zip(parameters, M, strict=True))
-        return list(vmap(pullback, in_dims=-1, out_dims=-1)(vectors)[0].values())
-
-
-@contextmanager
-def _operator(
-    model: nn.Module, loss: Loss, data: Data, matrix: str, batchnorm: str, seed: int
-) -> Iterator[tuple[_Hessian | GGNLinearOperator, dict[str, Tensor]]]:
-    """The linear operator of a matrix, and the parameters it is over; torch's random state is seeded meanwhile.
-
-    The one place that knows how curvlinops 3 wants a model: a module, and its parameters as a list.
-    """
-    _check_choice("matrix", matrix, MATRICES)
-    with _plain_kernels(model), _prepared(model, loss, data, batchnorm) as (net, parameters, batches):
-        operator = (_Hessian if matrix == "hessian" else GGNLinearOperator)(
-            net,
-            _Mean(loss),
-            list(parameters.values()),
-            batches,
-            check_deterministic=False,  # it is: in eval mode, over a list of batches
-            num_data=sum(len(x) for x, _ in batches),
-        )
-        cuda = operator.device.type == "cuda"
-        generator = torch.cuda.default_generators[operator.device.index] if cuda else torch.default_generator
-        generator.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", *TORCHSCRIPT)
-            yield operator, parameters
-
-
-@contextmanager
-def _plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Without the fused kernels for attention and recurrence, which lack second derivatives or forward mode."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
-    enabled, fast = [library.enabled for library in libraries], torch.backends.mha.get_fastpath_enabled()
-    try:
-        for library in libraries:
-            library.enabled = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for library, value in zip(libraries, enabled, strict=True):
-            library.enabled = value
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def plot_spectral_density(

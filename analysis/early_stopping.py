@@ -22,7 +22,7 @@ from torch import nn
 
 from analysis.effective_lr import effective_learning_rate
 from analysis.gradients import Data, on_device
-from analysis.inputs import Loss, preserved, require_columns
+from analysis.inputs import Loss, call, preserved, require_columns, still
 from analysis.plotting import PALETTE, label, legend_above, plain_ticks
 
 MEASURES = {"scale": "c", "gradient_norm": "‖∇M‖", "task_gradient_norm": "‖∇L‖"}
@@ -135,9 +135,9 @@ def stopping_point(frame: pd.DataFrame, threshold: float = 0.1, by: str = "scale
 def _mean_loss(model: nn.Module, task_loss: Loss, data: Data) -> float:
     """The mean over examples in eval mode."""
     total, count = 0.0, 0
-    with preserved(model, training=False), torch.no_grad():
+    with preserved(model, task_loss, training=False), torch.no_grad():
         for inputs, targets in on_device(data, model):
-            value = task_loss(model(inputs), targets)
+            value = still(task_loss)(call(model, {}, inputs), targets)
             if value.ndim or not torch.isfinite(value):
                 raise ValueError(f"the task loss must be a finite scalar, got {value.cpu()}")
             total += value.item() * len(inputs)

@@ -6,7 +6,6 @@ model as it was. Batches are moved to the model's device. Parameters with ``requ
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,22 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, vmap
 
-from analysis.inputs import Batch, Loss, as_batches, preserved, require_columns
+from analysis.derivatives import backward, explained, real, tangent
+from analysis.inputs import (
+    Batch,
+    Loss,
+    as_batches,
+    by_first_name,
+    call,
+    plain_kernels,
+    preserved,
+    repeatable,
+    replaced,
+    require_columns,
+    still,
+)
 from analysis.plotting import PALETTE, label, plain_ticks
 
 Data = Batch | Iterable[Batch]
@@ -41,22 +53,24 @@ def mean_gradients(model: nn.Module, losses: Sequence[Loss], data: Data, state: 
         For each loss, {parameter name: gradient}, zero where the loss does not depend on a parameter.
 
     Raises:
-        ValueError: bad data, a loss that is not a finite scalar, or no parameter that requires a gradient.
+        ValueError: bad data, a loss that is not a finite scalar or depends on no parameter, or no parameter that
+            requires a gradient.
+        NotImplementedError: a part of the model runs under reentrant checkpointing.
     """
-    with preserved(model), torch.enable_grad():
-        parameters, buffers = split_state(model, state)
+    with preserved(model, *losses), plain_kernels(model, order=1), torch.enable_grad():
+        parameters, rest = split_state(model, state)
         leaves = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
         totals = [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in losses]
         count = 0
         for inputs, targets in on_device(data, model):
-            prediction = functional_call(model, {**buffers, **leaves}, (inputs,))
-            for loss, total in zip(losses, totals, strict=True):
-                value = loss(prediction, targets)
-                if value.ndim or not torch.isfinite(value):
-                    raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
-                found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, materialize_grads=True)
-                for name, gradient in zip(leaves, found, strict=True):
-                    total[name] += len(inputs) * gradient
+            with replaced(model, rest | leaves), explained():
+                prediction = model(inputs.clone())
+                for loss, total in zip(losses, totals, strict=True):
+                    value = check_value(still(loss)(prediction, targets))
+                    for name, gradient in zip(
+                        leaves, backward([value], list(leaves.values()), [torch.ones_like(value)]), strict=True
+                    ):
+                        total[name] += len(inputs) * gradient
             count += len(inputs)
     return [{name: gradient / count for name, gradient in total.items()} for total in totals]
 
@@ -71,8 +85,8 @@ def layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def flat(gradient: State, names: Iterable[str] | None = None) -> Tensor:
-    """The named entries of a gradient (all of them if None) as one float64 vector."""
-    return torch.cat([gradient[name].detach().double().flatten() for name in (names or gradient)])
+    """The named entries of a gradient (all of them if None) as one float64 vector, of complex ones both parts."""
+    return torch.cat([real(gradient[name].detach()).double().flatten() for name in (names or gradient)])
 
 
 def gradient_norms(model: nn.Module, loss: Loss, data: Data, state: State | None = None) -> pd.DataFrame:
@@ -111,9 +125,10 @@ def per_sample_gradients(
     """∇_θ of the loss on each example alone, (B, P), with the parameters in the order of ``model.named_parameters()``.
 
     The model runs in eval mode: an example has a gradient of its own only where BatchNorm and dropout do not tie it to
-    the others. ``chunk_size`` examples are differentiated at once by torch.func.vmap.
+    the others. ``chunk_size`` examples are differentiated at once by torch.func.vmap, or one after the other where the
+    model or the loss cannot be vectorised.
     """
-    with preserved(model, training=False):
+    with preserved(model, loss, training=False), plain_kernels(model):
         chunks = _per_sample(model, loss, batch, state, chunk_size)
         return torch.cat([torch.cat([g.reshape(len(g), -1) for g in chunk.values()], dim=1) for chunk in chunks])
 
@@ -213,6 +228,7 @@ def influence(
 
     exact for v taken at θ' (``meta_state``): row u_b is all that the loss network learns of the model from example b.
     The influences s_b are those of TracIn (Pruthi et al. 2020) with signs turned, averaged over ``meta_data``.
+    What the model holds constant by ``torch.no_grad`` or changes by a backward pass of its own is so here, too.
 
     Args:
         model: f_θ before the step, run in the modes it is in.
@@ -225,48 +241,77 @@ def influence(
 
     Raises:
         ValueError: bad data, a loss that is not finite, or a learning rate that is not positive.
-        NotImplementedError: the model has an operation without a forward-mode derivative.
+        NotImplementedError: the model's backward pass has no derivative, and forward mode none either; or a wrong one,
+            see :mod:`analysis.derivatives`.
     """
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     (v,) = mean_gradients(model, [task_loss], meta_data, meta_state)
     ((inputs, targets),) = on_device([batch], model)
-    with preserved(model):
-        parameters, buffers = split_state(model, None)
+    with preserved(model, loss), plain_kernels(model), torch.enable_grad():
+        parameters, _ = split_state(model, None)
+        leaves = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+        w = {name: -learning_rate * v[name] for name in leaves}
+        same_random_numbers = repeatable(model)
+        with replaced(model, leaves), explained():
+            prediction = one_tensor(model(inputs.clone()))
+            leaf = prediction.detach().requires_grad_()
+            value = check_value(still(loss)(leaf, targets))
+            (output_gradient,) = backward([value], [leaf], [torch.ones_like(value)])
+            if not torch.isfinite(output_gradient).all():
+                raise ValueError("the gradient of the loss with respect to the prediction is not finite")
 
-        def outputs(replaced: dict[str, Tensor]) -> Tensor:
-            own = {name: buffer.clone() for name, buffer in buffers.items()}
-            return functional_call(model, {**own, **replaced}, (inputs,))
+            def again(replacements: dict[str, Tensor]) -> Tensor:
+                with same_random_numbers():
+                    return call(model, replacements, inputs)
 
-        w = {name: -learning_rate * v[name] for name in parameters}
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "`torch.jit.script` is deprecated", FutureWarning
-            )  # torch's, at first use
-            prediction, tangent = jvp(outputs, (parameters,), (w,))[:2]
-    with torch.enable_grad():
-        leaf = prediction.detach().requires_grad_()
-        (output_gradient,) = torch.autograd.grad(loss(leaf, targets), leaf)
-    if not torch.isfinite(output_gradient).all():
-        raise ValueError("the gradient of the loss with respect to the prediction is not finite")
-    scores = (output_gradient * tangent).flatten(1).sum(1)
-    return Influence(leaf.detach(), output_gradient, tangent.detach(), scores.detach())
+            moved = tangent(prediction, leaves, w, output_gradient, again)
+    scores = (real(output_gradient) * real(moved)).flatten(1).sum(1)
+    return Influence(leaf.detach(), output_gradient, moved, scores.detach())
 
 
 def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Detached parameters that require a gradient, and copies of all else, from ``state`` or else from the model.
 
     Raises:
-        ValueError: a name in ``state`` that the model does not know, or no parameter that requires a gradient.
+        ValueError: a name in ``state`` that the model does not know, different values for a tied tensor, or no
+            parameter that requires a gradient.
     """
     own = dict(model.named_parameters()) | dict(model.named_buffers())
-    if state is not None and (unknown := set(state) - set(model.state_dict(keep_vars=True))):
-        raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
-    values = {name: (state or {}).get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
+    given = {} if state is None else by_first_name(model, state)
+    values = {name: given.get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
     trained = {name: values[name] for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient; unfreeze some with requires_grad_()")
     return trained, {name: value.clone() for name, value in values.items() if name not in trained}
+
+
+def one_tensor(prediction: Tensor) -> Tensor:
+    """What a model returns, if it is one floating tensor.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(prediction, Tensor) or not (prediction.is_floating_point() or prediction.is_complex()):
+        found = prediction.dtype if isinstance(prediction, Tensor) else type(prediction).__name__
+        raise ValueError(f"the model must return one floating tensor, got {found}; wrap it in a module that does")
+    return prediction
+
+
+def check_value(value: Tensor) -> Tensor:
+    """The value of a loss, if it is a finite scalar that depends on something.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value.ndim or not torch.isfinite(value):
+        raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on what it is differentiated by: is the forward pass or the loss under "
+            "torch.no_grad() or inference_mode()? Run it with gradients enabled"
+        )
+    return value
 
 
 def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
@@ -282,15 +327,34 @@ def _per_sample(
     """Per-sample gradients in chunks, {name: (chunk, *shape)}; to be called in a ``preserved`` block in eval mode."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    parameters, buffers = split_state(model, state)
+    parameters, rest = split_state(model, state)
+    if complex_ones := [name for name, parameter in parameters.items() if parameter.is_complex()]:
+        raise ValueError(
+            f"gradients of single examples need real parameters, {complex_ones[0]!r} is complex; freeze it"
+        )
+    quiet = still(loss)
 
-    def loss_of_one(replaced: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(model, {**buffers, **replaced}, (x[None],)), y[None])
+    def loss_of_one(moved: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return quiet(call(model, rest | moved, x[None]), y[None])
 
-    gradient = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+    def one_by_one(moved: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in moved.items()}
+        rows = []
+        for i in range(len(x)):
+            with replaced(model, rest | leaves), torch.enable_grad(), explained():
+                value = check_value(quiet(model(x[i : i + 1].clone()), y[i : i + 1]))
+                rows.append(backward([value], list(leaves.values()), [torch.ones_like(value)]))
+        return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+    at_once = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
     for inputs, targets in on_device(data, model):
         for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
-            chunk = gradient(parameters, x, y)
+            try:
+                chunk = at_once(parameters, x, y)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # something cannot be vectorised
+                chunk = one_by_one(parameters, x, y)
             if not all(torch.isfinite(g).all() for g in chunk.values()):
                 raise ValueError("a per-sample gradient is not finite; check the loss and the data")
             yield chunk
@@ -303,7 +367,7 @@ def _moments(
     means: dict[str, Tensor] = {}
     scatters: dict[str, float] = {}
     count = 0
-    with preserved(model, training=False):
+    with preserved(model, loss, training=False), plain_kernels(model):
         for chunk in _per_sample(model, loss, data, state, chunk_size):
             new = len(next(iter(chunk.values())))
             for name, gradients in chunk.items():

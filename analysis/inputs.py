@@ -1,16 +1,32 @@
-"""What every diagnostic shares: leave the model as it was found, and refuse data that cannot be meant."""
+"""What every diagnostic shares: leave the model as it was found, and refuse data that cannot be meant.
+
+A model is never copied. It is run with other tensors in its slots, and what a pass changes is undone:
+
+    preserved    a block around everything: all is put back after it, whatever happened
+    evaluation   the same, in eval mode, with a choice of statistics for BatchNorm
+    replaced     a block in which the model holds other tensors
+    call         one forward pass within such a block
+    still        a loss that does not notice that it is evaluated
+
+The random generators, the levels of forward-mode differentiation and the choice of kernels belong to the whole
+process, so one lock is held in ``preserved`` and ``replaced``: of two threads that run diagnostics one waits for the
+other. A diagnostic must not wait for a thread of its own that runs another one.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import cast
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from analysis.snapshots import Snapshot, modules_behind
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A loss: (prediction, target) -> scalar tensor."""
@@ -18,58 +34,187 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]
 """(inputs, targets)."""
 
+LOCK = threading.RLock()
+"""Held while a diagnostic runs a model."""
+
 
 @contextmanager
-def preserved(model: nn.Module, training: bool | None = None) -> Iterator[nn.Module]:
-    """Run a block with ``model`` and put it back exactly: values, buffers, modes, requires_grad, grads, random state.
+def preserved(*owners: Callable, training: bool | None = None) -> Iterator[None]:
+    """Run a block and put a model and losses back exactly, also after an error.
 
-    In the block no parameter has a grad, so that a backward pass there adds to none.
+    That is: the very same parameters, buffers, submodules, hooks and plain attributes, values, modes, requires_grad,
+    grads; and torch's random state. In the block no parameter has a grad, so that a backward pass there adds to none.
+
+    Args:
+        owners: what the block calls; the modules among them, or behind them, are put back.
+        training: put the first one, a model, in train (True) or eval (False) mode for the block; None leaves the modes.
+    """
+    with LOCK:
+        found = [Snapshot(module, values=True) for owner in owners for module in modules_behind(owner)]
+        devices = _gpus(tensor for one in found for tensor in one.tensors)
+        with torch.random.fork_rng(devices=devices):
+            try:
+                for one in found:
+                    one.forget_gradients()
+                if training is not None:
+                    cast(nn.Module, owners[0]).train(training)
+                yield
+            finally:
+                for one in found:
+                    one.restore()
+
+
+@contextmanager
+def evaluation(model: nn.Module, *losses: Callable, batch_statistics: bool = False) -> Iterator[None]:
+    """:func:`preserved`, with ``model`` in eval mode.
 
     Args:
         model: any module.
-        training: put the whole model in train (True) or eval (False) mode for the block; None leaves the modes.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index for p, *_ in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for parameter, *_ in parameters:
-                parameter.grad = None
-            if training is not None:
-                model.train(training)
-            yield model
-        finally:
-            with torch.no_grad():
-                for parameter, value, requires_grad, grad in parameters:
-                    if not torch.equal(parameter, value):
-                        parameter.copy_(value)
-                    parameter.requires_grad_(requires_grad)
-                    parameter.grad = grad
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
-
-
-@contextmanager
-def evaluation_copy(model: nn.Module, batch_statistics: bool = False) -> Iterator[nn.Module]:
-    """Lend a copy of ``model`` in eval mode whose forward pass changes no buffer; restore torch's random state after.
-
-    Args:
-        model: any module; it is not touched.
+        losses: see :func:`preserved`.
         batch_statistics: let BatchNorm layers normalise by the statistics of the batch at hand, without recording
             them. Everything else, dropout for one, stays in eval mode.
     """
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        lent = copy.deepcopy(model).eval().requires_grad_(False)
-        for norm in batch_norms(lent).values():
+    with preserved(model, *losses, training=False):
+        for norm in batch_norms(model).values():
             norm.track_running_stats = False
             norm.training = batch_statistics
-        yield lent
+        yield
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a block in which ``model`` holds other tensors; what a forward pass changes in the model is undone after it.
+
+    A tensor goes wherever the one that it replaces is held: in every slot of a tied parameter, and in lists, as
+    recurrent layers keep them. Buffers are copies in the block. Differentiate within the block:
+    checkpointed parts of a model run again in the backward pass.
+
+    Args:
+        model: any module that is not scripted.
+        tensors: by the name of a parameter or buffer; any of its names, if it has several.
+
+    Raises:
+        ValueError: a scripted module, or an unknown name.
+    """
+    with LOCK:
+        found = Snapshot(model)
+        if tensors and any(isinstance(module, torch.jit.ScriptModule) for module in found.modules):
+            raise ValueError(
+                f"{type(model).__name__} is or has a scripted module, whose tensors cannot be replaced; pass the "
+                "module that it was scripted from"
+            )
+        known = named_tensors(model)
+        if unknown := [name for name in tensors if name not in known]:
+            raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
+        others = {id(known[name]): tensor for name, tensor in tensors.items()}
+        others |= {id(buffer): others.get(id(buffer), buffer).clone() for buffer in found.buffers}
+        try:
+            found.exchange(others)
+            yield
+        finally:
+            found.restore()
+
+
+def call(model: nn.Module, tensors: Mapping[str, Tensor], *inputs: Any) -> Any:
+    """``model(*inputs)`` with other tensors, see :func:`replaced`; in-place changes to the inputs are not seen outside.
+
+    Use it for a pass that is not differentiated, or within :mod:`torch.func`.
+    """
+    with replaced(model, tensors):
+        return model(*(part.clone() if isinstance(part, Tensor) else part for part in inputs))
+
+
+def repeatable(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """``with again():`` runs a block from torch's random state of now, and leaves that of then alone."""
+    devices = _gpus([*model.parameters(), *model.buffers()])
+    state, gpus = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(state)
+            for device, of_gpu in zip(devices, gpus, strict=True):
+                torch.cuda.set_rng_state(of_gpu, device)
+            yield
+
+    return again
+
+
+def _gpus(tensors: Iterable[Tensor]) -> list[int]:
+    return sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+
+
+def still(loss: Loss) -> Loss:
+    """The loss, of which each evaluation begins in the state in which it is now, and changes nothing."""
+    modules = list(modules_behind(loss))
+
+    def evaluated(prediction: Tensor, target: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(replaced(module, {}))
+            return loss(prediction.clone() if isinstance(prediction, Tensor) else prediction, target)
+
+    return evaluated
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def by_first_name(model: nn.Module, state: Mapping[str, Tensor], what: str = "the state") -> dict[str, Tensor]:
+    """The parameters and buffers in ``state`` by the names that ``model.named_parameters()`` has for them.
+
+    Args:
+        model: knows the names; a tied parameter has several, and ``state_dict()`` all of them.
+        state: by any of the names. What else a state dict may hold is left out.
+        what: names the state in an error.
+
+    Raises:
+        ValueError: a name that the model does not know, or different values for one tensor.
+    """
+    known = named_tensors(model)
+    if unknown := set(state) - set(known) - set(model.state_dict(keep_vars=True)):
+        raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
+    first = {id(tensor): name for name, tensor in reversed(known.items())}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in known:
+            own = first[id(known[name])]
+            if own in renamed and not torch.equal(renamed[own], tensor.to(renamed[own])):
+                raise ValueError(
+                    f"{what} has different values for {own!r} and {name!r}, which the model ties; give one"
+                )
+            renamed.setdefault(own, tensor)
+    return renamed
+
+
+@contextmanager
+def plain_kernels(model: nn.Module, order: int = 2) -> Iterator[None]:
+    """Without the fused kernels for attention and recurrence, which lack second derivatives or forward mode.
+
+    Args:
+        model: only recurrent layers in it make a difference to cuDNN and oneDNN.
+        order: 1 where there is one backward pass: only cuDNN's recurrence lacks that, in eval mode.
+    """
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    if order == 1:
+        recurrent = [module for module in recurrent if not module.training]
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
+    enabled, fast = [library.enabled for library in libraries], torch.backends.mha.get_fastpath_enabled()
+    with LOCK, ExitStack() as stack:
+        try:
+            for library in libraries:
+                library.enabled = False
+            torch.backends.mha.set_fastpath_enabled(False)
+            if order > 1:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+        finally:
+            for library, value in zip(libraries, enabled, strict=True):
+                library.enabled = value
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

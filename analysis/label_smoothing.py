@@ -25,10 +25,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogitLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from analysis.gradients import Data, on_device
-from analysis.inputs import Batch, Loss, preserved, require_columns
+from analysis.inputs import Batch, Loss, call, preserved, require_columns, still
 from analysis.plotting import PALETTE, SEQUENTIAL, label
 
 NEARLY_UNIFORM = 1e-6
@@ -139,9 +138,9 @@ def logit_gradient(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
         ValueError: shapes or classes that do not fit, or a loss that is not a finite scalar.
     """
     _check(prediction, target)
-    with torch.enable_grad():
+    with preserved(loss), torch.enable_grad():
         leaf = prediction.detach().clone().requires_grad_()
-        value = loss(leaf, target)
+        value = still(loss)(leaf, target)
         if value.ndim or not torch.isfinite(value):
             raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
         (gradient,) = torch.autograd.grad(value, leaf)
@@ -247,20 +246,23 @@ def penultimate_statistics(model: nn.Module, data: Data, layer: str | None = Non
     if layer is None and not linear:
         raise ValueError("the model has no nn.Linear; name the layer whose input is meant")
     name = layer if layer is not None else linear[-1]
-    if name not in dict(model.named_modules()):
-        raise ValueError(f"the model has no module {name!r}; its modules are {', '.join(dict(model.named_modules()))}")
+    known = dict(model.named_modules(remove_duplicate=False))
+    if name not in known:
+        raise ValueError(f"the model has no module {name!r}; its modules are {', '.join(known)}")
     inputs: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs.append(arguments[0].detach().flatten(1).double())
+        inputs.extend(part.detach().flatten(1).double() for part in arguments[:1])
 
-    hook: RemovableHandle = model.get_submodule(name).register_forward_pre_hook(keep)
-    try:
-        with preserved(model, training=False), torch.no_grad():
-            targets = torch.cat([y for _, y in _predictions(model, data)])
-    finally:
-        hook.remove()
-    features = torch.cat(inputs)
+    with preserved(model, training=False), torch.no_grad():
+        known[name].register_forward_pre_hook(keep)
+        targets = torch.cat([y for _, y in _predictions(model, data)])
+    features = torch.cat(inputs) if inputs else torch.empty(0)
+    if len(features) != len(targets):
+        raise ValueError(
+            f"{name!r} is given {len(features)} features for {len(targets)} examples; name a layer that is called once "
+            "in a forward pass, with a tensor as its first argument"
+        )
     within = sum(_scatter(features[targets == c]) for c in targets.unique())
     return PenultimateStatistics(features.norm(dim=1).mean().item(), float(within / _scatter(features)))
 
@@ -278,7 +280,7 @@ def _logit_statistics(f: Tensor, y: Tensor) -> Tensor:
 
 def _with_gradients(model: nn.Module, loss: Loss, data: Data) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, targets and ∂M/∂f of all examples."""
-    with preserved(model), torch.no_grad():
+    with preserved(model, loss), torch.no_grad():
         parts = [(f, y, logit_gradient(loss, f, y)) for f, y in _predictions(model, data)]
     predictions, targets, gradients = zip(*parts, strict=True)
     return torch.cat(predictions), torch.cat(targets), torch.cat(gradients)
@@ -287,7 +289,7 @@ def _with_gradients(model: nn.Module, loss: Loss, data: Data) -> tuple[Tensor, T
 def _predictions(model: nn.Module, data: Data) -> Iterator[Batch]:
     """Logits and targets, batch by batch."""
     for inputs, targets in on_device(data, model):
-        prediction = model(inputs)
+        prediction = call(model, {}, inputs)
         _check(prediction, targets)
         yield prediction, targets
 

@@ -37,11 +37,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from analysis.inputs import Batch, Loss, as_batches, batch_norms, evaluation_copy
+from analysis.inputs import (
+    Batch,
+    Loss,
+    as_batches,
+    batch_norms,
+    by_first_name,
+    call,
+    evaluation,
+    named_tensors,
+    plain_kernels,
+    still,
+)
 from analysis.plotting import PALETTE, SEQUENTIAL
 
 Direction = Mapping[str, Tensor]
@@ -215,10 +226,10 @@ def interpolate(
     Other arguments, errors and warnings as in :func:`line`.
     """
     names = dict(model.named_parameters()).keys()
+    start, end = (_check(which, c, model) if c else {} for which, c in (("start", start), ("end", end)))
     for which, checkpoint in (("start", start), ("end", end)):
         if missing := sorted(names - checkpoint.keys()):
             raise ValueError(f"{which} lacks the parameters {', '.join(missing)}")
-        _check(which, checkpoint, model)
     moving = [name for name in start if name in end and start[name].is_floating_point()]
     direction = {name: end[name].to(start[name]) - start[name] for name in moving}
     t = _axis("positions", np.linspace(0, 1, 25) if positions is None else positions)
@@ -255,14 +266,13 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
     Raises:
         ValueError: fewer than 3 checkpoints, or none that span a plane; a parameter is missing, misshapen or NaN.
     """
-    checkpoints = list(checkpoints)
-    names = list(_trainable(model))
-    if len(checkpoints) < 3:
-        raise ValueError(f"a plane needs at least 3 checkpoints, got {len(checkpoints)}")
+    given, names = list(checkpoints), list(_trainable(model))
+    if len(given) < 3:
+        raise ValueError(f"a plane needs at least 3 checkpoints, got {len(given)}")
+    checkpoints = [_check(f"checkpoint {position}", checkpoint, model) for position, checkpoint in enumerate(given)]
     for position, checkpoint in enumerate(checkpoints):
         if missing := sorted(set(names) - checkpoint.keys()):
             raise ValueError(f"checkpoint {position} lacks the parameters {', '.join(missing)}")
-        _check(f"checkpoint {position}", checkpoint, model)
 
     def differences(name: str) -> Tensor:
         stacked = torch.stack([checkpoint[name].detach().double().flatten() for checkpoint in checkpoints])
@@ -287,7 +297,7 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
         rows = weights.T.to(last.device) @ differences(name)
         first[name], second[name] = rows.reshape(2, *last.shape).to(last)
     fractions = variances / eigenvalues.clamp(min=0).sum()
-    return Trajectory(coordinates.numpy(), fractions.numpy(), (first, second), checkpoints[-1])
+    return Trajectory(coordinates.numpy(), fractions.numpy(), (first, second), given[-1])
 
 
 def _losses(
@@ -306,13 +316,11 @@ def _losses(
         raise ValueError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if origin is not None:
-        _check("origin", origin, model)
-    for position, direction in enumerate(directions):
-        _check(f"direction {position}", direction, model)
-    with evaluation_copy(model, batch_statistics=batchnorm == "train") as net, torch.no_grad():
-        tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-        start = {name: (origin or {}).get(name, tensor).to(tensor) for name, tensor in tensors.items()}
+    origin = {} if origin is None else _check("origin", origin, model)
+    directions = [_check(f"direction {position}", direction, model) for position, direction in enumerate(directions)]
+    with evaluation(model, loss, batch_statistics=batchnorm == "train"), plain_kernels(model), torch.no_grad():
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        start = {name: origin.get(name, tensor).detach().to(tensor) for name, tensor in tensors.items()}
         _check("the model", start, model)
         slopes = {
             name: torch.stack([d[name].to(tensor) if name in d else torch.zeros_like(tensor) for d in directions])
@@ -322,14 +330,15 @@ def _losses(
         reference = next(iter(slopes.values()))
         batches = [(x.to(reference.device), y.to(reference.device)) for x, y in as_batches(data)]
         grid = torch.as_tensor(coefficients).to(reference)
+        quiet = still(loss)
 
         def mean_loss(moved: dict[str, Tensor]) -> Tensor:
             values = {**start, **moved}
             if batchnorm == "recalibrate":
-                values |= _running_statistics(net, values, batches)
+                values |= _running_statistics(model, values, batches)
             total = torch.zeros((), dtype=torch.float64, device=reference.device)
             for x, y in batches:
-                value = loss(functional_call(net, values, (x,)), y)
+                value = quiet(call(model, values, x), y)
                 if value.ndim:
                     raise ValueError(f"the loss must be a scalar, got a tensor of shape {tuple(value.shape)}")
                 total = total + value * len(x)
@@ -361,9 +370,9 @@ def _losses(
         return torch.cat(found).cpu().numpy()
 
 
-def _running_statistics(net: nn.Module, values: dict[str, Tensor], batches: list[Batch]) -> dict[str, Tensor]:
+def _running_statistics(model: nn.Module, values: dict[str, Tensor], batches: list[Batch]) -> dict[str, Tensor]:
     """The running statistics of every BatchNorm layer at ``values``, averaged over the batches and a layer's calls."""
-    norms = {name: norm for name, norm in batch_norms(net).items() if norm.running_mean is not None}
+    norms = {name: norm for name, norm in batch_norms(model).items() if norm.running_mean is not None}
     statistics: dict[str, Tensor] = {}
     calls: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -382,7 +391,7 @@ def _running_statistics(net: nn.Module, values: dict[str, Tensor], batches: list
             norm.training = True
         for x, _ in batches:
             share = len(x) / sum(len(x) for x, _ in batches)
-            functional_call(net, values, (x,))
+            call(model, values, x)
             for key, found in calls.items():
                 statistics[key] = statistics.get(key, 0) + share * torch.stack(found).mean(0)
             calls.clear()
@@ -408,18 +417,24 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
     return parameters
 
 
-def _check(what: str, tensors: Direction, model: nn.Module) -> None:
-    """Raise ``ValueError`` unless each tensor has the name and shape of one in the model, and parameters are finite."""
-    known = {**dict(model.named_parameters()), **dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+def _check(what: str, tensors: Direction, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors by their first names in the model.
+
+    Raises:
+        ValueError: a tensor has not the name and shape of one in the model, or a parameter is not finite.
+    """
+    known = named_tensors(model)
     if not tensors:
         raise ValueError(f"{what} is empty; it should hold tensors named {', '.join(known)}")
-    for name, tensor in tensors.items():
-        if name not in known:
-            raise ValueError(f"{what} has a tensor {name!r} that the model lacks; it has {', '.join(known)}")
+    for name in tensors.keys() - known.keys() - model.state_dict(keep_vars=True).keys():
+        raise ValueError(f"{what} has a tensor {name!r} that the model lacks; it has {', '.join(known)}")
+    named = by_first_name(model, tensors, what)
+    for name, tensor in named.items():
         if tensor.shape != known[name].shape:
             raise ValueError(f"{what}: {name!r} has shape {tuple(tensor.shape)}, not {tuple(known[name].shape)}")
         if isinstance(known[name], nn.Parameter) and not torch.isfinite(tensor).all():
             raise ValueError(f"{what}: {name!r} holds NaN or infinity")
+    return named
 
 
 def _axis(name: str, values: ArrayLike | None) -> np.ndarray:

@@ -5,9 +5,9 @@ Answers what a learned loss looks like at a training step and how it changes ove
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from analysis.inputs import Loss
+from analysis.inputs import Loss, named_tensors, preserved, replaced, still
 from analysis.plotting import colours, label
 
 Pointwise = Callable[[Tensor, Tensor], Tensor]
@@ -89,14 +89,15 @@ def loss_curves(
     grid = torch.as_tensor(PREDICTIONS[kind] if predictions is None else predictions).double()
     if grid.ndim != 1 or len(grid) < 2 or not (grid.diff() > 0).all():
         raise ValueError("predictions must be an increasing sequence of at least two numbers")
-    function = _bare_function(loss, kind, pointwise, grid.device)
+    function = _bare_function(loss, kind, pointwise)
     if function is None:
         if kind == "classification" and not set(targets) <= {0, 1}:
             raise ValueError(f"a loss of logits and classes has the targets 0 and 1, got {tuple(targets)}")
         if kind == "classification" and not (0 < grid[0] and grid[-1] < 1):
             raise ValueError(f"probabilities must lie inside (0, 1), got {grid[0]:g} to {grid[-1]:g}")
-        function = _loss_of_one(_float64(loss, grid.device), kind)
-    return pd.concat([_curve(function, float(target), grid) for target in targets], ignore_index=True)
+        function = _loss_of_one(still(loss), kind)
+    with _float64(loss, grid.device):
+        return pd.concat([_curve(function, float(target), grid) for target in targets], ignore_index=True)
 
 
 def shape_measures(frame: pd.DataFrame, tol: float = 0.01) -> pd.DataFrame:
@@ -158,14 +159,14 @@ def _curve(function: Pointwise, target: float, grid: Tensor) -> pd.DataFrame:
     return pd.DataFrame({"target": target} | {name: column.cpu().numpy() for name, column in columns.items()})
 
 
-def _bare_function(loss: Loss, kind: str, pointwise: bool, device: torch.device) -> Pointwise | None:
+def _bare_function(loss: Loss, kind: str, pointwise: bool) -> Pointwise | None:
     """ℓ(output, target) of a learned loss; None if it has none, or is not wanted."""
     if not (pointwise and hasattr(loss, "pointwise")):
         return None
     own = getattr(loss, "kind", kind)
     if own != kind:
         raise ValueError(f"this is a loss for {own}, drawn for {kind}; pass kind={own!r}")
-    return getattr(_float64(loss, device), "pointwise")  # noqa: B009  (losses are duck-typed)
+    return still(getattr(loss, "pointwise"))  # noqa: B009  (losses are duck-typed)
 
 
 def _loss_of_one(loss: Loss, kind: str) -> Pointwise:
@@ -182,9 +183,15 @@ def _loss_of_one(loss: Loss, kind: str) -> Pointwise:
     return function
 
 
-def _float64(loss: Loss, device: torch.device) -> Loss:
-    """A float64 copy of a module on ``device``; a plain function as it is."""
-    return copy.deepcopy(loss).to(device, torch.float64) if isinstance(loss, nn.Module) else loss
+@contextmanager
+def _float64(loss: Loss, device: torch.device) -> Iterator[None]:
+    """A block in which the tensors of a module are float64 ones on ``device``; a plain function stays as it is."""
+    with preserved(loss), ExitStack() as stack:
+        if isinstance(loss, nn.Module):
+            tensors = {name: tensor.detach().to(device) for name, tensor in named_tensors(loss).items()}
+            wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+            stack.enter_context(replaced(loss, wide))
+        yield
 
 
 def plot_loss_curves(

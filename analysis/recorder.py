@@ -20,7 +20,6 @@ or from the files of a run that is over::
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.gradients import State
-from analysis.inputs import Loss, preserved
+from analysis.inputs import Loss, preserved, replaced
 
 Diagnostic = Callable[[nn.Module, Loss], Any]
 """(model, loss) -> a mapping, Series or dataclass of numbers (one row), or a DataFrame (any number of rows)."""
@@ -91,10 +90,7 @@ class Recorder:
         began = _clock()
         rows: dict[str, pd.DataFrame] = {}
         for name, diagnostic in self.diagnostics.items():
-            with ExitStack() as stack:
-                for module in (model, loss):
-                    if isinstance(module, nn.Module):
-                        stack.enter_context(preserved(module))
+            with preserved(model, loss):
                 rows[name] = _table(name, diagnostic(model, loss))
         for name, table in rows.items():
             table.insert(0, "step", step)
@@ -106,7 +102,7 @@ class Recorder:
     def replay(
         self, model: nn.Module, loss: Loss, checkpoints: Iterable[tuple[int, State] | tuple[int, State, State]]
     ) -> Recorder:
-        """Record from checkpoints, on copies of the model and the loss; each counts as one call.
+        """Record from checkpoints; each counts as one call. Model and loss hold each in turn, then their own again.
 
         Args:
             model: gives the architecture and the modes.
@@ -120,17 +116,21 @@ class Recorder:
         Raises:
             ValueError: no checkpoint, or a state that does not fit the model or the loss.
         """
-        model, loss = copy.deepcopy(model), copy.deepcopy(loss)
         count = 0
-        for step, state, *loss_state in checkpoints:
-            try:
-                model.load_state_dict(state)
-                if loss_state:
-                    loss.load_state_dict(*loss_state)  # type: ignore[attr-defined]
-            except (AttributeError, RuntimeError) as error:
-                raise ValueError(f"the checkpoint of step {step} does not fit: {error}") from error
-            self(step, model, loss)
-            count += 1
+        with ExitStack() as stack:
+            stack.enter_context(preserved(model, loss))
+            for module in (model, loss):
+                if isinstance(module, nn.Module):
+                    stack.enter_context(replaced(module, _stand_ins(module)))
+            for step, state, *loss_state in checkpoints:
+                try:
+                    model.load_state_dict(state)
+                    if loss_state:
+                        loss.load_state_dict(*loss_state)  # type: ignore[attr-defined]
+                except (AttributeError, RuntimeError) as error:
+                    raise ValueError(f"the checkpoint of step {step} does not fit: {error}") from error
+                self(step, model, loss)
+                count += 1
         if not count:
             raise ValueError("no checkpoints to record from")
         return self
@@ -160,6 +160,11 @@ class Recorder:
         """The diagnostics' part, in [0, 1], of the time from the first record's begin to the last one's end."""
         elapsed = self._ended - self._began
         return self.seconds / elapsed if elapsed else 0.0
+
+
+def _stand_ins(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters, to be written over."""
+    return {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in module.named_parameters()}
 
 
 def _table(name: str, result: Any) -> pd.DataFrame:

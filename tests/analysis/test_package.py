@@ -12,10 +12,10 @@ import pytest
 import analysis
 
 MODULES = sorted(path.stem for path in Path(analysis.__file__).parent.glob("*.py") if path.stem != "__init__")
-INTERNAL = {"inputs"}
+INTERNAL = {"derivatives", "inputs", "matrices", "snapshots"}
 SHARED = {
     *("check_runs", "colours", "flat", "label", "layers", "legend_above", "on_device", "plain_ticks", "split_state"),
-    "without_rounding",
+    *("check_value", "one_tensor", "without_rounding"),
 }
 """Public by name, but only the package's own modules have use for them."""
 
