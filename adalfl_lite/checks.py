@@ -35,6 +35,14 @@ def check_counts(**counts: int | tuple[int, int]) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_used(where: str, **options: tuple[Any, Any]) -> None:
+    """Raise ``ValueError`` naming the first of ``options``, pairs (given, default), that would do nothing."""
+    for name, (given, default) in options.items():
+        if given is not default and given != default:
+            shown = repr(given) if isinstance(given, bool | int | float | str) else type(given).__name__
+            raise ValueError(f"{name}={shown} has no effect {where}; leave it out")
+
+
 def check_rows(**tensors: Any) -> None:
     """Raise unless all are tensors, with as many rows, on one device: ``TypeError`` or ``ValueError``."""
     for name, tensor in tensors.items():
@@ -54,7 +62,10 @@ def check_inputs(inputs: Tensor, name: str = "inputs") -> None:
     if inputs.dtype == torch.uint8:
         return
     if not inputs.is_floating_point():
-        raise ValueError(f"{name} must be floating point, or uint8 images; got {inputs.dtype}: use .float()")
+        raise ValueError(
+            f"{name} must be floating point, or uint8 images; got {inputs.dtype}: of numbers use .float(); with token"
+            " ids write the loop yourself, around OnlineLoss.step, which takes them"
+        )
     _check_finite(name, inputs)
 
 
@@ -116,16 +127,27 @@ def check_values(batch: tuple[Tensor, Tensor], name: str) -> None:
         _check_labels(f"{name}: targets", batch[1])
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Raise ``ValueError`` naming a parameter of a lazy layer that has not seen an input yet."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"the parameter {name!r} is of a lazy layer that has no shape yet; run one batch through the model"
+                " before building its optimizer"
+            )
+
+
 def check_trainable(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise unless ``optimizer`` holds parameters of ``model`` alone, one of which requires a gradient.
 
     Raises:
         TypeError: it is not an optimizer.
-        ValueError: another model's parameter, or nothing to train.
+        ValueError: another model's parameter, one of a lazy layer without a shape, or nothing to train.
         RuntimeError: gradients are switched off.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_initialised(model)
     known = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in held:
@@ -182,7 +204,11 @@ def _check_labels(name: str, targets: Tensor, classes: int | None = None) -> Non
     if least < 0:
         raise ValueError(f"{name} hold the label {least}; number the classes from 0")
     if classes is not None and most >= classes:
-        raise ValueError(f"{name} hold the label {most}, but there are {classes} outputs: labels end at {classes - 1}")
+        one = " (one output is for regression)" if classes == 1 else ""
+        raise ValueError(
+            f"{name} hold the label {most}, but there are {classes} outputs{one}; a model of {most + 1} classes ends in"
+            f" nn.Linear(..., {most + 1})"
+        )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

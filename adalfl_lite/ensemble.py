@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts, check_factories
+from adalfl_lite.checks import check_counts, check_factories, check_initialised, check_used
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import check_writable
 from adalfl_lite.initialisation import (
@@ -50,7 +50,7 @@ from adalfl_lite.stacking import (
     stacked_step,
     task_losses,
 )
-from adalfl_lite.training import describe, evaluate, resume_checkpoint, save_checkpoint
+from adalfl_lite.training import describe, describe_model, evaluate, resume_checkpoint, save_checkpoint
 
 
 def fit_seeds(
@@ -63,7 +63,7 @@ def fit_seeds(
     steps: int,
     batch_size: int = 100,
     online: bool = False,
-    meta_learning_rate: float = META_LEARNING_RATE,
+    meta_learning_rate: float | None = None,
     meta_batches: str = "valid",
     evaluate_every: int | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -91,7 +91,16 @@ def fit_seeds(
     """
     datasets = [data] * len(seeds) if isinstance(data, Dataset) else list(data)
     networks = None if losses is None else list(losses)
-    _check(models, networks, datasets, seeds, steps, online, meta_batches)
+    check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
+    _check(models, networks, datasets, seeds, online, meta_batches)
+    if not online:
+        check_used(
+            "without online=True",
+            meta_learning_rate=(meta_learning_rate, None),
+            meta_batches=(meta_batches, "valid"),
+        )
+    if meta_learning_rate is None:
+        meta_learning_rate = META_LEARNING_RATE
     kind, device = datasets[0].kind, next(models[0].parameters()).device
     train = [d.train.to(device) for d in datasets]
     meta = [getattr(d, meta_batches).to(device) for d in datasets]
@@ -111,14 +120,16 @@ def fit_seeds(
 
     run = {
         **describe(optimizer, *datasets),
+        "model": describe_model(models[0]),
+        "loss": None if networks is None else str(networks[0]),
         "seeds": list(seeds),
         "steps": steps,
         "batch_size": batch_size,
         "online": online,
-        "meta_batches": meta_batches,
         "evaluate_every": evaluate_every,
-        "meta_learning_rate": meta_learning_rate,
     }
+    if online:
+        run |= {"meta_batches": meta_batches, "meta_learning_rate": meta_learning_rate}
     parts: dict[str, Any] = {"models": stack, "optimizer": optimizer}
     for i, (sampler, meta_sampler) in enumerate(zip(batches, metas, strict=True)):
         parts |= {f"batches {i}": sampler, f"metas {i}": meta_sampler}
@@ -221,6 +232,8 @@ def initialise_seeds(
         rehearsal_steps=rehearsal_steps,
     )
     check_factories(make_loss_network=make_loss_network, make_model=make_model, make_optimizer=make_optimizer)
+    if not rehearsals:
+        check_used("without rehearsals", validate=(validate, None))
     counts = {"seeds": len(seeds), "train": len(train), "valid": len(valid)}
     counts |= {} if validate is None else {"validate": len(validate)}
     if not len(seeds) or len(set(counts.values())) != 1:
@@ -238,6 +251,8 @@ def initialise_seeds(
         models = [run.draw(make_model).train() for run in runs]
         if len({id(model) for model in models}) < len(models):
             raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        for model in models:
+            check_initialised(model)
         check_stackable(models, networks)
         stack = Stack(models)
         optimizer = make_optimizer(stack.parameters)
@@ -382,7 +397,6 @@ def _check(
     losses: Sequence[LossNetwork] | None,
     datasets: Sequence[Dataset],
     seeds: Sequence[int],
-    steps: int,
     online: bool,
     meta_batches: str,
 ) -> None:
@@ -390,12 +404,12 @@ def _check(
     counts |= {} if losses is None else {"losses": len(losses)}
     if not seeds or len(set(counts.values())) != 1:
         raise ValueError(f"give as many of each, at least one: got {', '.join(f'{n} {k}' for k, n in counts.items())}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     if meta_batches not in ("valid", "train"):
         raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
     if online and losses is None:
         raise ValueError("online=True needs loss networks to adapt; give losses")
+    for model in models:
+        check_initialised(model)
     check_stackable(models, losses or [])
     sizes = {(d.kind, len(d.train), len(d.valid), d.input_shape, d.outputs) for d in datasets}
     if len(sizes) != 1:

@@ -45,7 +45,7 @@ from adalfl_lite.methods import (
 )
 from adalfl_lite.tasks import Task, get_task
 from adalfl_lite.together import prepare_together, runs_together, train_together
-from adalfl_lite.training import Callback
+from adalfl_lite.training import Callback, without_addresses
 
 __all__ = [
     "MAIN_METHODS",
@@ -158,8 +158,10 @@ def job_path(folder: str | os.PathLike, task: str, method: str, seed: int) -> Pa
     return Path(folder) / f"{task}--{method}--seed{seed}.parquet"
 
 
-def _settings(task: Task) -> dict[str, Any]:
-    return {field.name: getattr(task, field.name) for field in fields(Task) if field.name != "name"}
+def _settings(task: Task) -> str:
+    """As JSON, those of a subclass included."""
+    found = {field.name: getattr(task, field.name) for field in fields(task) if field.name != "name"}
+    return json.dumps(found, default=lambda value: without_addresses(repr(value)))
 
 
 def _stored(path: Path, task: Task, method: str) -> pd.DataFrame:
@@ -167,8 +169,9 @@ def _stored(path: Path, task: Task, method: str) -> pd.DataFrame:
     stored, steps = read_results(path), training_steps(task, method)
     different = {} if stored.step.max() == steps else {"steps": (stored.step.max(), steps)}
     if "settings" in stored and isinstance(text := stored.settings.iloc[0], str):
-        found, wanted = json.loads(text), json.loads(json.dumps(_settings(task)))
-        different |= {name: (found.get(name), wanted[name]) for name in wanted if found.get(name) != wanted[name]}
+        found, wanted = json.loads(text), json.loads(_settings(task))
+        kept = [name for name in wanted if name in found or name in Task.__dataclass_fields__]
+        different |= {name: (found.get(name), wanted[name]) for name in kept if found.get(name) != wanted[name]}
     if different:
         changes = ", ".join(f"{name} {before}, not {now}" for name, (before, now) in different.items())
         raise ValueError(f"{path} is of a task with {changes}; give another folder, or delete that file")
@@ -182,7 +185,7 @@ def _run_or_diverge(task: Task, method: str, seed: int, *, device: str, **option
     except FloatingPointError:
         labels = {"task": task.name, "method": method, "seed": seed, "step": training_steps(task, method)}
         errors = {"test_error": math.inf, "valid_error": math.inf}
-        return pd.DataFrame([{**labels, **errors, "settings": json.dumps(_settings(task)), **provenance(device)}])
+        return pd.DataFrame([{**labels, **errors, "settings": _settings(task), **provenance(device)}])
 
 
 def run(
@@ -241,7 +244,7 @@ def _labelled(
         initialisation_chosen_step=prepared.chosen_step,
         initialisation_seconds=prepared.seconds,
         seeds_together=together,
-        settings=json.dumps(_settings(task)),
+        settings=_settings(task),
         **provenance(device),
     )
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts, check_factories, check_pair
+from adalfl_lite.checks import check_counts, check_factories, check_pair, check_used
 from adalfl_lite.losses import Loss, LossNetwork, task_error
 from adalfl_lite.metagradient import Batch, eval_mode, plain_step
 from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
@@ -104,7 +104,7 @@ def initialise(
         rollout_steps: base steps before model and optimizer are drawn afresh; 1 is the paper's algorithm.
         rehearsals: how many φ along the way are tried out; 0 keeps the last one, as the paper does.
         rehearsal_steps: length of a rehearsal; best as long as the training to come, where that can be afforded.
-        validate: model -> (error, task loss) on validation data, to score a rehearsal.
+        validate: model -> (error, task loss) on validation data, to score a rehearsal; refused where there is none.
         task_loss: L_T; by default the one of ``loss_network.kind``.
         engine: meta-gradient engine, see :class:`~adalfl_lite.online.OnlineLoss`.
         progress: show a progress bar.
@@ -124,6 +124,8 @@ def initialise(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
+    if not rehearsals:
+        check_used("without rehearsals", validate=(validate, None))
     task_loss = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:
@@ -320,6 +322,8 @@ def rehearsal(
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):
         plain_step(model, loss, optimizer, next(batches))
+        if advance := getattr(loss, "advance", None):
+            advance()
     error, value = validate(model)
     return (error, value) if math.isfinite(error) and math.isfinite(value) else (math.inf, math.inf)
 

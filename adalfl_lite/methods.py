@@ -39,7 +39,7 @@ from adalfl_lite.losses import KINDS, Loss, LossNetwork, task_loss
 from adalfl_lite.metagradient import Batch
 from adalfl_lite.online import OnlineLoss
 from adalfl_lite.tasks import Task
-from adalfl_lite.training import Callback, evaluate, fit
+from adalfl_lite.training import Callback, describe_data, evaluate, fit
 
 TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """A tuned method tries the task's learning rate times each of these."""
@@ -77,11 +77,6 @@ class Method:
     learned_rate: bool = False
     replays: str | None = None
     kinds: tuple[str, ...] = KINDS
-
-    @property
-    def initialisation(self) -> tuple[str, bool, str]:
-        """Methods of which this is the same can share what they start training with."""
-        return self.loss, self.learned_rate, self.meta_batches
 
 
 LEARNED_LOSSES = ("adalfl", "ml3", "taylorglo", "evomal")
@@ -189,7 +184,7 @@ def prepare(
 ) -> Prepared:
     """Everything a method does before it trains: tune, search or meta-learn, on the train and the valid split.
 
-    ``shared`` keeps initialised losses between calls for the same task and seed: pass one dictionary to all of them.
+    ``shared`` keeps initialised losses between calls, by all that they depend on, :func:`initialisation_key`.
     """
     how, shared, started = get_method(method), {} if shared is None else shared, time.perf_counter()
     if how.long:
@@ -207,7 +202,7 @@ def prepare(
     if how.loss not in LEARNED_LOSSES and not how.learned_rate:
         loss = handcrafted_loss(how.loss, task, data)
         return Prepared(loss, task, data, None, 0, 0, time.perf_counter() - started)
-    key = how.initialisation
+    key = initialisation_key(task, data, how, seed, device)
     if key not in shared:
         found = initialised(task, data, seed, method=how, device=device, progress=progress)
         shared[key] = *found, time.perf_counter() - started
@@ -216,6 +211,12 @@ def prepare(
         task = task.with_(learning_rate=learned.rates[0])
         return Prepared(handcrafted_loss(how.loss, task, data), task, data, None, *numbers)
     return Prepared(copy.deepcopy(learned), task, data, None, *numbers)
+
+
+def initialisation_key(task: Task, data: Dataset, method: Method, seed: int, device: str) -> tuple:
+    """All that :func:`initialised` depends on: methods of which it is the same share what they start training with."""
+    how = (method.loss, method.learned_rate, method.meta_batches, method.imitation_steps, method.rollout_steps)
+    return *how, repr(task), repr(describe_data(data)), seed, str(device)
 
 
 def train(
@@ -228,7 +229,10 @@ def train(
     checkpoint: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """The history of one training with what :func:`prepare` gave; see :func:`~adalfl_lite.training.fit`."""
+    """The history of one training with what :func:`prepare` gave; see :func:`~adalfl_lite.training.fit`.
+
+    The loss that is trained with is a copy, so that another training begins with the same; a callback gets it.
+    """
     how, task, data = get_method(method), prepared.task, prepared.data
     model, optimizer = fresh(task, data, seed, device)
     scheduler = task.make_scheduler(optimizer)
@@ -236,23 +240,25 @@ def train(
         scheduler = replay(optimizer, *prepared.schedule, task.schedule)
     elif how.learned_rate and how.online:
         scheduler = None  # the learning rate is learned, its drops too
+    meta: dict[str, Any] = {"online": True, "meta_batches": how.meta_batches} if how.online else {}
+    if how.online and how.learned_rate:
+        meta["learn"] = "learning_rate"
+    elif how.online:
+        meta["meta_learning_rate"] = online_meta_learning_rate(task)
     return fit(
         model,
-        prepared.loss,
+        copy.deepcopy(prepared.loss),
         data,
         optimizer=optimizer,
         steps=task.steps,
         batch_size=task.batch_size,
-        online=how.online,
-        learn="learning_rate" if how.learned_rate else "loss",
-        meta_learning_rate=None if how.learned_rate else online_meta_learning_rate(task),
-        meta_batches=how.meta_batches,
         scheduler=scheduler,
         augment=task.augmentation,
         seed=seed,
         callback=callback,
         checkpoint=checkpoint,
         progress=progress,
+        **meta,
     )
 
 
@@ -408,7 +414,7 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, loss: Loss, device:
         try:
             fit(
                 model,
-                loss,
+                copy.deepcopy(loss),  # each run begins with the same
                 data,
                 optimizer=optimizer,
                 steps=task.steps,

@@ -13,9 +13,10 @@ import hashlib
 import inspect
 import math
 import os
+import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,23 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts, check_finite, check_output, check_trainable
+from adalfl_lite.checks import check_counts, check_finite, check_output, check_trainable, check_used
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import atomic_save, check_writable, load_payload
-from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, OnlineLearningRate
+from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, LearningRate, OnlineLearningRate
 from adalfl_lite.losses import Loss, task_error, task_loss
 from adalfl_lite.metagradient import Batch, eval_mode, plain_step
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
 
 FORMAT = "adalfl-checkpoint-1"
+NOT_KEPT_BEFORE = ("model", "loss", "held_out", "inputs", "loss_settings", "augment_settings", "scheduler")
+"""What an older checkpoint of this format does not tell about its run, so that it cannot be compared."""
+
+EXACT_ENGINES = ("forward", "shared", "unrolled")
+"""They give the same numbers, to rounding: a run may be resumed with another of them."""
 
 POLICIES = ("raise", "skip", "restore")
 MAX_UNDONE = 10
@@ -56,7 +62,7 @@ def fit(
     online: bool = False,
     learn: str = "loss",
     meta_learning_rate: float | None = None,
-    meta_optimizer: Optimizer | None = None,
+    meta_optimizer: Optimizer | Callable[[Iterable[Tensor]], Optimizer] | None = None,
     meta_batches: str = "valid",
     clip_meta_gradient: float | None = None,
     engine: str = "forward",
@@ -76,16 +82,18 @@ def fit(
 
     Args:
         model: f_θ, on its device already.
-        loss: (prediction, target) -> scalar: a handcrafted loss, or a loss network (frozen, unless ``online``).
+        loss: (prediction, target) -> scalar: a handcrafted loss, or a loss network (frozen, unless ``online``). If it
+            has a method ``advance``, that is called after every step, for a loss that changes while it is trained with.
         data: train, valid and test splits; the model never trains on the test split.
         optimizer: base optimizer over ``model.parameters()``.
         steps: base steps T.
         batch_size: rows per training batch, and per meta batch where its split has as many.
         online: adapt what ``learn`` names after every step.
         learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
-        meta_learning_rate, meta_optimizer, clip_meta_gradient, engine, compile: see
-            :class:`~adalfl_lite.online.OnlineLoss`, and :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which
-            has the first two.
+        meta_learning_rate, clip_meta_gradient, engine, compile: see :class:`~adalfl_lite.online.OnlineLoss`, and
+            :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has the first alone.
+        meta_optimizer: instead of Adam with ``meta_learning_rate``: a function parameters -> optimizer, or where the
+            loss is learned also an optimizer over ``loss.parameters()``.
         meta_batches: "valid"; "train" to adapt on training rows alone (the paper allows both); or "next", where the
             meta batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a pass.
         scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
@@ -96,7 +104,9 @@ def fit(
         evaluate_every: steps between evaluations; a twentieth of the run by default.
         callback: called at every evaluation with (step, model, loss).
         checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU (but
-            for dropout where ``engine="shared"`` and ``augment`` meet); a finished run is returned as it was.
+            for dropout where ``engine="shared"`` and ``augment`` meet); a finished run is returned as it was. What the
+            model, the loss and the optimizers hold is then the file's. Run it with the same arguments: others are
+            refused, but for ``device``, ``compile`` and one exact engine instead of another, which round differently.
         on_divergence: what to do about a step that is not finite. "raise" stops; the checkpoint keeps the last
             evaluation. "skip" undoes the step, and "restore" goes back to the last evaluation; both warn, go on with
             the next batch, and stop at the eleventh such step between two evaluations. They cost a look at the
@@ -112,7 +122,7 @@ def fit(
         mean squared errors.
 
     Raises:
-        ValueError: arguments that do not fit together, or a checkpoint of another run.
+        ValueError: arguments that do not fit together, or that would have no effect, or a checkpoint of another run.
         TypeError: the data are no :class:`~adalfl_lite.data.Dataset`, or the optimizer is none that fit can use.
         OSError: the checkpoint cannot be written.
         FloatingPointError: the loss, a parameter or a meta-gradient is not finite; step and tensor are named, and the
@@ -133,6 +143,23 @@ def fit(
         raise ValueError("compile is for a loss that is learned online; leave it out, or hand fit torch.compile(model)")
     if online and learn == "learning_rate" and scheduler is not None:
         raise ValueError("a learned learning rate and a scheduler exclude each other; leave one out")
+    of_loss: dict[str, Any] = {"engine": (engine, "forward"), "clip_meta_gradient": (clip_meta_gradient, None)}
+    if not online:
+        of_both = {"meta_learning_rate": (meta_learning_rate, None), "meta_optimizer": (meta_optimizer, None)}
+        of_run = {"learn": (learn, "loss"), "meta_batches": (meta_batches, "valid")}
+        check_used("without online=True", **of_both, **of_run, **of_loss)
+    elif learn == "learning_rate":
+        check_used("on a learned learning rate", **of_loss)
+    if meta_optimizer is not None and meta_learning_rate is not None:
+        raise ValueError("meta_learning_rate has no effect on a meta_optimizer of your own; leave one of the two out")
+    if learn == "learning_rate" and isinstance(meta_optimizer, Optimizer):
+        raise ValueError(
+            "the learning rate is a parameter that fit makes, which this meta_optimizer does not hold; give a function"
+            " that builds one, such as functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}; leave it out for neither")
+    _check_scheduler(scheduler, optimizer)
     trainable = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
     if online and learn == "loss" and not trainable:
         raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
@@ -162,16 +189,22 @@ def fit(
         meta_learning_rate = META_LEARNING_RATE if learn == "loss" else ONLINE_META_LEARNING_RATE
     learner: OnlineLoss | OnlineLearningRate | None = None
     if online and learn == "learning_rate":
+        rate = None
+        if meta_optimizer is not None:
+            rate = LearningRate.of(optimizer)
+            meta_optimizer = _built(meta_optimizer, rate)
         learner = OnlineLearningRate(
             model,
             loss,
             optimizer,
+            learning_rate=rate,
             meta_optimizer=meta_optimizer,
             meta_learning_rate=meta_learning_rate,
             task_loss=task_loss(data.kind),
             autocast=autocast,
         )
     elif online and isinstance(loss, nn.Module):
+        meta_optimizer = None if meta_optimizer is None else _built(meta_optimizer, loss)
         learner = OnlineLoss(
             model,
             loss,
@@ -186,19 +219,29 @@ def fit(
         )
     run = {
         **describe(optimizer, data),
+        "model": describe_model(model),
         "loss": _name(loss),
+        "loss_settings": _settings(loss),
         "steps": steps,
         "batch_size": batch_size,
         "online": online,
-        "learn": learn,
-        "meta_batches": meta_batches,
         "augment": _name(augment) if augment else None,
+        "augment_settings": _settings(augment),
+        "scheduler": _schedule(scheduler, steps),
         "seed": seed,
         "evaluate_every": evaluate_every,
-        "meta_learning_rate": meta_learning_rate,
-        "clip_meta_gradient": clip_meta_gradient,
         "on_divergence": on_divergence,
+        "autocast": None if autocast is None else str(autocast),
     }
+    if online:
+        run |= {
+            "learn": learn,
+            "meta_batches": meta_batches,
+            "meta_learning_rate": meta_learning_rate,
+            "meta_optimizer": _groups(meta_optimizer) if isinstance(meta_optimizer, Optimizer) else None,
+            "clip_meta_gradient": clip_meta_gradient,
+            "engine": None if engine in EXACT_ENGINES else engine,
+        }
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches, "metas": metas}
     if isinstance(loss, nn.Module):
         parts["loss"] = loss
@@ -255,6 +298,8 @@ def fit(
                 if on_divergence != "raise":
                     _check_step(value, model)
                 losses.append(value)
+            if advance := getattr(loss, "advance", None):
+                advance()
             if scheduler:
                 scheduler.step()
         except FloatingPointError as error:
@@ -337,6 +382,29 @@ def _check_since(losses: list[Tensor], step: int, model: nn.Module) -> None:
         raise FloatingPointError(f"step {step - len(finite) + 1 + first}: {error}") from None
 
 
+def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau needs a metric at every step, which fit does not give; use a schedule of the step alone,"
+            " such as MultiStepLR"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("the scheduler is of another optimizer; build it from the one that is given to fit")
+
+
+def _built(make: Optimizer | Callable[[Iterable[Tensor]], Optimizer], learned: nn.Module) -> Optimizer:
+    """The meta-optimizer itself, if what is given is a function."""
+    if isinstance(make, Optimizer):
+        return make
+    built = make(learned.parameters()) if callable(make) else make
+    if not isinstance(built, Optimizer):
+        raise TypeError(
+            f"meta_optimizer must be an optimizer or a function that builds one, got {type(built).__name__}; give one"
+            " such as functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    return built
+
+
 def _states(parts: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
@@ -353,17 +421,85 @@ def _name(part: Any) -> str:
     return getattr(part, "__name__", type(part).__name__)
 
 
+def _settings(part: Any) -> str | None:
+    """What an object that is no function, class or module shows of its settings; None of those, or of nothing."""
+    if part is None or isinstance(part, nn.Module | partial) or hasattr(part, "__name__"):
+        return None
+    own = type(part).__repr__ is not object.__repr__
+    return without_addresses(repr(part) if own else repr(sorted(getattr(part, "__dict__", {}).items())))
+
+
+def without_addresses(text: str) -> str:
+    """``text`` without where in the memory something lies, which differs from process to process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _schedule(scheduler: LRScheduler | None, steps: int) -> str | None:
+    """The settings of a scheduler, not where it is; of a function of the step, its values at up to 21 steps."""
+    if scheduler is None:
+        return None
+    moments = sorted({round(steps * i / 20) for i in range(21)})
+
+    def settings(one: Any) -> dict[str, Any]:
+        found = {name: value for name, value in one.state_dict().items() if name[0] != "_"}
+        found = {name: value for name, value in found.items() if name not in ("last_epoch", "T_cur", "T_i", "verbose")}
+        if functions := getattr(one, "lr_lambdas", None):
+            found["lr_lambdas"] = [[f"{function(step):.6g}" for step in moments] for function in functions]
+        nested = [settings(part) for part in getattr(one, "_schedulers", ())]
+        return {"type": type(one).__name__, **found, "milestones": _milestones(one), "schedulers": nested}
+
+    return without_addresses(repr(settings(scheduler)))
+
+
+def _milestones(scheduler: Any) -> list:
+    found = getattr(scheduler, "milestones", None) or getattr(scheduler, "_milestones", None) or ()
+    return sorted(found.items() if isinstance(found, dict) else found)
+
+
 def describe(optimizer: Optimizer, *datasets: Dataset) -> dict[str, Any]:
-    """What tells a run from one with other data, other rows or labels of it, or another optimizer."""
-    rows = [part.cpu().numpy().tobytes() for data in datasets for part in (data.train.indices, data.train.targets)]
-    groups = optimizer.param_groups
+    """What tells a run from one with other data or another optimizer."""
+    return {**describe_data(*datasets), **_groups(optimizer)}
+
+
+def describe_data(*datasets: Dataset) -> dict[str, Any]:
+    """What tells data from others, or from other rows, labels or inputs of the same."""
+    train, held_out = [d.train for d in datasets], [split for d in datasets for split in (d.valid, d.test)]
     return {
         "data": datasets[0].name,
-        "rows": hashlib.sha256(b"".join(rows)).hexdigest()[:12],
+        "rows": _hash(*(_bytes(part) for split in train for part in (split.indices, split.targets))),
+        "held_out": _hash(*(_bytes(part) for split in held_out for part in (split.indices, split.targets))),
+        "inputs": [f"{_fingerprint(split):.3g}" for split in (*train, *held_out)],
+    }
+
+
+def describe_model(model: nn.Module) -> str:
+    """What tells a model from one of other layers, in twelve letters."""
+    return _hash(without_addresses(repr(model)).encode())
+
+
+def _groups(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer is called, and the settings of its parameter groups."""
+    groups = optimizer.param_groups
+    return {
         "optimizer": _name(optimizer),
         "learning_rate": [group["lr"] for group in groups],
         **{name: [group[name] for group in groups] for name in optimizer.defaults if name != "lr"},
     }
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
+
+def _fingerprint(split: Split) -> float:
+    """A number that other inputs do not give: a random projection of up to a hundred rows, as a model reads them."""
+    rows = torch.linspace(0, len(split) - 1, min(100, len(split)), dtype=torch.float64).long()
+    values = split.take(rows.to(split.inputs.device)).to("cpu")[:][0].double().flatten()
+    return float(values @ torch.randn(len(values), generator=torch.Generator().manual_seed(0)).double())
 
 
 class NextBatch:
@@ -404,9 +540,8 @@ def resume_checkpoint(path: str | os.PathLike, run: dict, parts: dict[str, Any])
     run = {**run, "parts": sorted(parts)}
     if missing := {"run", "history", "random"} - saved.keys():
         raise ValueError(f"{path} is not a whole checkpoint, it lacks {', '.join(sorted(missing))}; delete it")
-    different = [
-        f"{name} {saved['run'].get(name)!r} -> {run[name]!r}" for name in run if saved["run"].get(name) != run[name]
-    ]
+    before = {**{name: run[name] for name in NOT_KEPT_BEFORE if name in run}, **saved["run"]}
+    different = [f"{name} {before.get(name)!r} -> {run[name]!r}" for name in run if before.get(name) != run[name]]
     if different:
         raise ValueError(f"{path} is a checkpoint of another run ({', '.join(different)}); use another file")
     for name, part in parts.items():

@@ -16,7 +16,8 @@ class DynamicalLoss(nn.Module):
         M_t = −1/B Σ_b Γ_{y_b}(t) log p_{y_b},    Γ_c = C Γ̃_c / Σ_k Γ̃_k.                                       (1)
 
     For ``period`` steps one class is emphasised: its Γ̃ goes 1 → A → 1 along a triangle while the others' stay 1; then
-    the next class is, and so on in turn. Every call in training mode with gradients enabled is a step.
+    the next class is, and so on in turn. To look at the loss changes nothing: t grows where :meth:`advance` is called,
+    which ``fit`` does after every step, and a loop of your own does itself.
 
     Args:
         classes: C.
@@ -46,9 +47,11 @@ class DynamicalLoss(nn.Module):
         weights[step // self.period % self.classes] += (self.amplitude - 1) * (1 - abs(2 * phase - 1))
         return self.classes * weights / weights.sum()
 
+    def advance(self) -> None:
+        """Go from t to t + 1: a step of training has been taken."""
+        self.step += 1
+
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """M_t of logits (B, C) and classes (B,); advances t when it is trained with."""
+        """M_t of logits (B, C) and classes (B,)."""
         weights = self.weights(int(self.step)).to(prediction)
-        if self.training and torch.is_grad_enabled():
-            self.step += 1
         return (weights[target] * F.cross_entropy(prediction, target, reduction="none")).mean()

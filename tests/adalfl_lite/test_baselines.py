@@ -20,7 +20,9 @@ from adalfl_lite.baselines import (
     search_taylor,
 )
 from adalfl_lite.baselines.evomal import LEAVES, OPERATIONS
+from adalfl_lite.data import BatchSampler, load_dataset
 from adalfl_lite.files import atomic_save
+from adalfl_lite.training import fit
 
 
 def batch(kind="classification", seed=0, rows=6, outputs=4):
@@ -136,22 +138,51 @@ def test_the_emphasis_rises_and_falls_and_goes_to_the_next_class():
         assert torch.equal(loss.weights(step), loss.weights(step + 12))
 
 
-def test_a_dynamical_loss_counts_the_steps_it_trains_and_keeps_the_count_in_its_state():
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dynamical_loss_goes_on_where_it_is_told_to_alone_and_keeps_its_step_in_its_state(training):
     prediction, target = batch(outputs=3)
-    loss = DynamicalLoss(3, amplitude=7.0, period=4)
-    assert loss(prediction, target).item() == pytest.approx(F.cross_entropy(prediction, target).item())
-    with torch.no_grad():
-        loss(prediction, target)
+    prediction.requires_grad_(True)
+    loss = DynamicalLoss(3, amplitude=7.0, period=4).train(training)
+    for _ in range(3):  # looked at, with or without gradients
+        value = loss(prediction, target)
+        assert value.item() == pytest.approx(F.cross_entropy(prediction, target).item())
+        torch.autograd.grad(value, prediction)
+        with torch.no_grad():
+            loss(prediction, target)
+    assert loss.step == 0
+    loss.advance()
     assert loss.step == 1
     expected = loss.weights(1).double()[target] * F.cross_entropy(prediction, target, reduction="none")
     other = DynamicalLoss(3, amplitude=7.0, period=4)
     other.load_state_dict(loss.state_dict())
     torch.testing.assert_close(other(prediction, target), expected.mean())
-    assert other.step == 2
     plain = DynamicalLoss(3, amplitude=1.0, period=4)
-    assert [plain(prediction, target) for _ in range(5)][-1] == pytest.approx(
-        F.cross_entropy(prediction, target).item()
-    )
+    for _ in range(5):
+        assert plain(prediction, target).item() == pytest.approx(F.cross_entropy(prediction, target).item())
+        plain.advance()
+
+
+def test_a_dynamical_loss_is_trained_with_as_its_weights_say():
+    """Against a plain loop with the weights of step t in step t."""
+    data = load_dataset("iris")
+    models, loss = [torch.nn.Linear(4, 3) for _ in range(2)], DynamicalLoss(3, amplitude=7.0, period=4)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    looked = []
+
+    def look(step, model, loss):
+        looked.append([loss(model(data.test.inputs), data.test.targets).item() for _ in range(2)])
+
+    options = {"steps": 9, "batch_size": 20, "seed": 1, "callback": look, "progress": False}
+    fit(models[0], loss, data, optimizer=optimizers[0], **options)
+    sampler = BatchSampler(len(data.train), 20, seed=1)
+    for step in range(9):
+        x, y = data.train[next(sampler)]
+        optimizers[1].zero_grad()
+        (loss.weights(step)[y] * F.cross_entropy(models[1](x), y, reduction="none")).mean().backward()
+        optimizers[1].step()
+    assert torch.equal(models[0].weight, models[1].weight) and loss.step == 9
+    assert len(looked) == 10 and all(first == second for first, second in looked)
 
 
 def test_bad_settings_of_a_dynamical_loss_are_refused():

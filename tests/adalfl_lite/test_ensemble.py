@@ -11,7 +11,7 @@ from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.ensemble import fit_seeds, initialise_seeds
 from adalfl_lite.initialisation import initialise
 from adalfl_lite.losses import LossNetwork, task_loss
-from adalfl_lite.training import fit
+from adalfl_lite.training import NOT_KEPT_BEFORE, fit
 
 SEEDS = (3, 5, 8)
 OPTIONS = {"steps": 6, "batch_size": 8, "evaluate_every": 3, "progress": False}
@@ -137,10 +137,37 @@ def test_a_resumed_program_ends_as_a_whole_one(tmp_path):
         for ours, theirs in zip(train(tmp_path / "run"), whole, strict=True):
             assert ours.equals(theirs) if hasattr(ours, "columns") else torch.equal(ours, theirs)
     models, losses, data = make(batch_norm)
+    options = {"make_optimizer": OPTIMIZERS["SGD"], "online": True, "checkpoint": tmp_path / "run", "seeds": SEEDS}
+    losses = [LossNetwork.classification(gamma=0.5) for _ in SEEDS]
+    with pytest.raises(ValueError, match=r"loss .*gamma=0.01.* -> .*gamma=0.5"):
+        fit_seeds(models, losses, data, **{**options, "make_optimizer": OPTIMIZERS["momentum"]}, **OPTIONS)
+    models, losses, data = make(batch_norm)
     differences = r"weight_decay \[0\] -> \[0.01\], seeds \[3, 5, 8\] -> \[1, 2, 3\]"
     with pytest.raises(ValueError, match=rf"checkpoint of another run \({differences}\)"):
         options = {"make_optimizer": OPTIMIZERS["momentum"], "online": True, "checkpoint": tmp_path / "run"}
         fit_seeds(models, losses, data, seeds=(1, 2, 3), **options, **OPTIONS)
+
+
+def test_an_older_checkpoint_of_seeds_resumes(tmp_path):
+    """One that describes its run without the model, the loss and the inputs, but with meta options everywhere."""
+    for online in (True, False):
+        ends = []
+        for run in range(2):
+            models, losses, data = make()
+            options = {
+                "make_optimizer": OPTIMIZERS["SGD"],
+                "seeds": SEEDS,
+                "online": online,
+                "checkpoint": tmp_path / "c",
+            }
+            ends.append(fit_seeds(models, losses, data, **options, **OPTIONS))
+            saved = torch.load(tmp_path / "c", weights_only=True)
+            kept = {name: value for name, value in saved["run"].items() if name not in NOT_KEPT_BEFORE}
+            kept = {"meta_batches": "valid", "meta_learning_rate": 1e-5, **kept}
+            torch.save({**saved, "run": kept}, tmp_path / "c")
+            assert run or (set(saved["run"]) - set(kept) == {"model", "loss", "held_out", "inputs"})
+        assert ends[0].equals(ends[1])  # seconds included: it was read
+        (tmp_path / "c").unlink()
 
 
 def test_the_seed_that_diverges_is_named():
@@ -176,6 +203,11 @@ def test_what_cannot_be_stacked_is_refused():
     refused(TypeError, "RMSprop is not known to treat every entry alike", optimizer=torch.optim.RMSprop)
     refused(ValueError, "meta_batches must be 'valid' or 'train', got 'test'", meta_batches="test")
     refused(ValueError, "steps must be at least 1, got 0", steps=0)
+    refused(ValueError, "evaluate_every must be at least 1, got 0", evaluate_every=0)
+    refused(ValueError, "meta_learning_rate=0.1 has no effect without online=True; leave it", meta_learning_rate=0.1)
+    refused(ValueError, "meta_batches='train' has no effect without online=True", meta_batches="train")
+    lazy = [nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)) for _ in SEEDS]
+    refused(ValueError, "the parameter '0.weight' is of a lazy layer .*run one batch through", models=lazy)
 
 
 MANY = {"steps": 30, "imitation_steps": 10, "rollout_steps": 4, "rehearsals": 3, "rehearsal_steps": 5}

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from adalfl_lite import experiments, methods, tasks
-from adalfl_lite.baselines import SymbolicLoss
+from adalfl_lite.baselines import DynamicalLoss, SymbolicLoss
 from adalfl_lite.experiments import compare, final_errors, provenance, run
 from adalfl_lite.methods import METHODS, TUNING_FACTORS, online_meta_learning_rate
 from adalfl_lite.tasks import Task, get_task
-from adalfl_lite.together import runs_together
+from adalfl_lite.together import prepare_together, runs_together, train_together
 from adalfl_lite.training import evaluate, fit
 
 IRIS = get_task("iris").with_(steps=40)
@@ -229,6 +229,25 @@ def test_a_stored_job_of_another_setting_is_not_passed_off_as_this_one(results, 
     assert all(json.loads(text) == json.loads(results.settings[0]) for text in results.settings)  # not the tuned rate
 
 
+@dataclass(frozen=True)
+class Rotated(Task):
+    """A task with a setting of its own, which JSON does not know."""
+
+    angle: complex = 1j
+
+
+def test_a_setting_of_a_task_of_your_own_is_part_of_its_job(tmp_path):
+    task = Rotated("mine", "iris", "linear", steps=4, batch_size=20)
+    first = compared([task], ["handcrafted"], [0], folder=tmp_path)
+    same(compared([task], ["handcrafted"], [0], folder=tmp_path), first)
+    with pytest.raises(ValueError, match=r"of a task with angle 1j, not \(-0-1j\); give another folder"):
+        compared([task.with_(angle=-1j)], ["handcrafted"], [0], folder=tmp_path)
+    path = experiments.job_path(tmp_path, "mine", "handcrafted", 0)  # an older job, which does not tell
+    settings = {name: value for name, value in json.loads(first.settings[0]).items() if name != "angle"}
+    experiments.write_results(first.assign(settings=json.dumps(settings)), path)
+    compared([task], ["handcrafted"], [0], folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tasks", "methods", "seeds", "message"),
     [
@@ -365,6 +384,95 @@ def test_the_tuned_learning_rate_is_the_one_with_the_lowest_validation_error(see
     tuned = run(IRIS, "handcrafted-tuned", seed)
     same(tuned, histories[best].assign(method="handcrafted-tuned", settings=tuned.settings))
     assert len(set(scores)) == len(scores) and tuned.learning_rate.iloc[0] == candidates[best].learning_rate
+
+
+def test_every_rate_is_tuned_with_the_loss_as_it_was(monkeypatch):
+    """A loss that changes as it is trained with begins anew in each of the seven runs, and is given back as it was."""
+    starts = []
+
+    def spy(model, loss, data, **options):
+        starts.append(int(loss.step))
+        return fit(model, loss, data, **options)
+
+    monkeypatch.setattr(methods, "fit", spy)
+    loss = DynamicalLoss(3, amplitude=5.0, period=10)
+    tuned = methods.tune_learning_rate(IRIS, IRIS.load(seed=0), 0, loss)
+    assert starts == [0] * 7 and loss.step == 0
+    scores = []
+    for factor in TUNING_FACTORS:
+        task = IRIS.with_(learning_rate=IRIS.learning_rate * factor)
+        model, optimizer = methods.fresh(task, data := task.load(seed=0), 0)
+        options = {"steps": 40, "batch_size": task.batch_size, "evaluate_every": 40, "progress": False}
+        fit(model, DynamicalLoss(3, amplitude=5.0, period=10), data, optimizer=optimizer, **options)
+        scores.append((*evaluate(model, data.valid, data.kind), task))
+    assert tuned == min(scores, key=lambda score: score[:2])[2]
+
+
+@pytest.mark.parametrize("method", ["online", "dynamical"])
+def test_one_preparation_serves_several_trainings(method):
+    prepared = methods.prepare(IRIS, IRIS.load(seed=0), method, 0)
+    first, second = (methods.train(prepared, method, 0) for _ in range(2))
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), second.drop(columns="seconds"), check_exact=True)
+
+
+def test_one_preparation_serves_several_trainings_of_all_seeds():
+    data = [IRIS.load(seed=seed) for seed in (0, 1)]
+    prepared = prepare_together(IRIS, data, "online", (0, 1), device="cpu", shared={0: {}, 1: {}})
+    first, second = (train_together(prepared, "online", (0, 1), device="cpu") for _ in range(2))
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), second.drop(columns="seconds"), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "of"),
+    [
+        ({"rollout_steps": 3}, "method"),
+        ({"imitation_steps": 7}, "method"),
+        ({"meta_batches": "train"}, "method"),
+        ({"loss": "ml3"}, "method"),
+        ({"loss": "task", "learned_rate": True}, "method"),
+        ({"train_on_valid": True}, "method"),
+        ({"learning_rate": 0.1}, "task"),
+        ({"momentum": 0.5}, "task"),
+        ({"model": "linear"}, "task"),
+        ({"steps": 10}, "task"),
+        ({"label_noise": 0.2}, "task"),
+        ({"seed": 1}, "call"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_an_initialisation_is_shared_by_what_it_depends_on_alone(monkeypatch, change, of, together):
+    """With one ``shared`` for all, a method that differs in anything starts from what it has without it."""
+    online = methods.METHODS["online"]
+    changed = replace(online, **change) if of == "method" else online
+    monkeypatch.setitem(methods.METHODS, "changed", changed)
+    monkeypatch.setitem(methods.METHODS, "offline", replace(online, online=False))  # which is not of the initialisation
+    task = IRIS.with_(**change) if of == "task" else IRIS
+    seed = change.get("seed", 0)
+    shared = {}
+    if together and not runs_together("changed", task):
+        pytest.skip("it never is")
+
+    def phi(method, task, seed, shared):
+        data = task.load(seed=seed)
+        if together:
+            seeds = (seed, seed + 7)
+            given = {seed: shared, seed + 7: shared}
+            prepared = prepare_together(
+                task, [task.load(seed=s) for s in seeds], method, seeds, device="cpu", shared=given
+            )[0]
+        else:
+            prepared = methods.prepare(task, data, method, seed, shared=shared)
+        if methods.METHODS[method].learned_rate:
+            return torch.tensor([prepared.task.learning_rate])
+        return torch.cat([p.detach().flatten() for p in prepared.loss.parameters()])
+
+    first = phi("online", IRIS, 0, shared)
+    count = len(shared)
+    assert torch.equal(phi("offline", IRIS, 0, shared), first) and len(shared) == count
+    found, alone = phi("changed", task, seed, shared), phi("changed", task, seed, {})
+    assert torch.equal(found, alone)
+    assert found.shape != first.shape or not torch.equal(found, first)
 
 
 def test_the_replayed_schedule_is_the_one_that_online_implied(results, monkeypatch):

@@ -316,6 +316,7 @@ def test_one_step_rewards_make_the_loss_ever_steeper():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"rollout_steps": 0}, "rollout_steps must be at least 1, got 0"),
         ({"rehearsals": -1}, "rehearsals must be at least 0, got -1"),
+        ({"rehearsals": 0, "validate": lambda model: (0.0, 0.0)}, "validate=function has no effect without rehearsals"),
         ({"rehearsal_steps": 0}, "rehearsal_steps must be at least 1, got 0"),
         ({"imitation_steps": -1}, "imitation_steps must be at least 0, got -1"),
         ({"engine": "fast"}, "engine must be one of"),

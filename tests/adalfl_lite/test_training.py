@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ from torch import nn
 
 from adalfl_lite.baselines import DynamicalLoss, NewtonLoss, fixed_loss
 from adalfl_lite.data import BatchSampler, Dataset, Split
+from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.online import OnlineLoss
-from adalfl_lite.training import evaluate, fit
+from adalfl_lite.training import NOT_KEPT_BEFORE, evaluate, fit
 
 COLUMNS = ["step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "test_loss"]
 COLUMNS += ["learning_rate", "seconds"]
@@ -45,6 +48,7 @@ def make_parts(kind="classification", seed=0, lr=0.05):
     return model, LossNetwork.default(kind), optimizer
 
 
+RATE = {"online": True, "learn": "learning_rate"}
 OPTIONS = {"steps": 40, "batch_size": 16, "evaluate_every": 8, "seed": 3, "progress": False}
 
 
@@ -166,9 +170,67 @@ def test_a_meta_optimizer_of_the_users_is_used():
     model, network, optimizer = make_parts()
     meta_optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     phi = flat(network)
-    options = {"online": True, "meta_optimizer": meta_optimizer, "meta_learning_rate": 1.0}
-    fit(model, network, make_data(), optimizer=optimizer, **options, **OPTIONS)
+    fit(model, network, make_data(), optimizer=optimizer, online=True, meta_optimizer=meta_optimizer, **OPTIONS)
     assert torch.equal(flat(network), phi)
+
+
+def test_a_meta_optimizer_may_be_a_function_of_the_parameters():
+    ends = []
+    for given in (
+        lambda network: torch.optim.SGD(network.parameters(), lr=0.3),
+        lambda network: partial(torch.optim.SGD, lr=0.3),
+    ):
+        model, network, optimizer = make_parts()
+        torch.manual_seed(1)
+        options = {**OPTIONS, "online": True, "meta_optimizer": given(network)}
+        fit(model, network, make_data(), optimizer=optimizer, **options)
+        ends.append(torch.cat([flat(model), flat(network)]))
+    assert torch.equal(*ends)
+
+
+def test_a_learned_rate_takes_a_function_for_its_meta_optimizer_and_moves():
+    """The default written out gives the default's numbers, another setting others."""
+    rates = []
+    for options in (
+        {},
+        {"meta_optimizer": partial(torch.optim.Adam, lr=ONLINE_META_LEARNING_RATE)},
+        {"meta_optimizer": partial(torch.optim.SGD, lr=0.1)},
+    ):
+        model, _, optimizer = make_parts()
+        torch.manual_seed(1)
+        options = {**OPTIONS, **options, "online": True, "learn": "learning_rate"}
+        history = fit(model, F.cross_entropy, make_data(), optimizer=optimizer, **options)
+        rates.append(history.learning_rate.tolist())
+    assert rates[0] == rates[1] != rates[2] and len(set(rates[2])) > 3
+
+
+class Ramp(nn.Module):
+    """A loss that changes as it is trained with, and writes down at which of its steps it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("at", torch.zeros((), dtype=torch.int64))
+        self.asked = []
+
+    def advance(self):
+        self.at += 1
+
+    def forward(self, prediction, target):
+        self.asked.append(int(self.at))
+        return (1 + 0.1 * self.at) * F.cross_entropy(prediction, target)
+
+
+@pytest.mark.parametrize("options", [{}, {"online": True, "learn": "learning_rate"}], ids=["plain", "learned rate"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_that_changes_advances_once_a_step_in_either_mode_and_not_where_it_is_looked_at(options, training):
+    model, _, optimizer = make_parts()
+    loss = Ramp().train(training)
+
+    def look(step, model, loss):
+        loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+    fit(model, loss, make_data(), optimizer=optimizer, callback=look, **options, **OPTIONS)
+    assert loss.asked == sorted([*range(40), *range(0, 41, 8)]) and loss.at == 40
 
 
 def test_the_callback_comes_at_each_evaluation_with_what_is_trained():
@@ -192,7 +254,7 @@ def test_bfloat16_autocast_runs_on_the_cpu_and_stays_near_float32(online):
         model, network, optimizer = make_parts()
         model[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
         model[3].p = 0.0
-        options = {"online": online, "meta_learning_rate": 1e-3, "autocast": autocast}
+        options = {"online": online, "meta_learning_rate": 1e-3 if online else None, "autocast": autocast}
         histories.append(fit(model, network, make_data(), optimizer=optimizer, **options, **OPTIONS))
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert torch.bfloat16 in dtypes
@@ -305,7 +367,16 @@ def test_a_checkpoint_is_read_without_running_code_and_a_foreign_one_is_refused(
         ({"evaluate_every": 4}, "evaluate_every 8 -> 4"),
         ({"meta_learning_rate": 1e-4}, "meta_learning_rate 0.001 -> 0.0001"),
         ({"meta_batches": "train"}, "meta_batches 'valid' -> 'train'"),
-        ({"online": False}, "online True -> False"),
+        ({"online": False, "meta_learning_rate": None}, "online True -> False"),
+        ({"engine": "finite-difference"}, "engine None -> 'finite-difference'"),
+        ({"autocast": torch.bfloat16}, "autocast None -> 'torch.bfloat16'"),
+        ({"clip_meta_gradient": 1.0}, "clip_meta_gradient None -> 1.0"),
+        ({"on_divergence": "skip"}, "on_divergence 'raise' -> 'skip'"),
+        ({"augment": nn.Identity()}, "augment None -> "),
+        (
+            {"meta_learning_rate": None, "meta_optimizer": partial(torch.optim.SGD, lr=0.1)},
+            "meta_optimizer None -> .*'SGD'.*'momentum'",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(finished, change, message):
@@ -323,10 +394,126 @@ def test_a_checkpoint_of_another_model_data_set_or_learning_rate_is_refused(fini
     model, network, optimizer = make_parts(lr=0.01)
     with pytest.raises(ValueError, match=r"learning_rate \[0.05\] -> \[0.01\]"):
         fit(model, network, make_data(), optimizer=optimizer, **options)
-    model = nn.Sequential(nn.Linear(6, 3))
+    for other in (nn.Sequential(nn.Linear(6, 3)), make_parts()[0]):
+        other.append(nn.Tanh())  # the second has the parameters of the first run
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+        with pytest.raises(ValueError, match="model '[0-9a-f]{12}' -> '[0-9a-f]{12}'"):
+            fit(other, network, make_data(), optimizer=optimizer, **options)
+
+
+def with_run(path, change):
+    """The same file with another description of its run."""
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "run": change(saved["run"])}, path)
+
+
+def as_before(run):
+    """As a checkpoint described its run before engine, meta-optimizer, model and inputs were among it."""
+    later = {"engine", "autocast", "meta_optimizer", *NOT_KEPT_BEFORE} - {"loss"}
+    offline = {"learn": "loss", "meta_batches": "valid", "meta_learning_rate": 1e-5, "clip_meta_gradient": None}
+    return {name: value for name, value in {**offline, **run}.items() if name not in later}
+
+
+def stop_at_24(step, model, loss):
+    if step == 24:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"engine": "shared", "meta_batches": "next"}, {"online": False, "meta_learning_rate": None}],
+    ids=["online", "shared", "plain"],
+)
+def test_an_older_checkpoint_of_the_default_settings_resumes_bit_for_bit(tmp_path, options):
+    whole, whole_model, _ = train_online(**options)
+    with pytest.raises(KeyboardInterrupt):
+        train_online(tmp_path / "run", callback=stop_at_24, **options)
+    with_run(tmp_path / "run", as_before)
+    history, model, _ = train_online(tmp_path / "run", **options)
+    same_history(history, whole)
+    assert torch.equal(flat(model), flat(whole_model))
+
+
+def test_an_older_checkpoint_does_not_fit_another_model_or_engine(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_online(tmp_path / "run", callback=stop_at_24)
+    with_run(tmp_path / "run", as_before)
+    with pytest.raises(ValueError, match="engine None -> 'finite-difference'"):
+        train_online(tmp_path / "run", engine="finite-difference")
+    model, network = nn.Sequential(nn.Linear(6, 3)), LossNetwork.classification()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    options = {**OPTIONS, "online": True, "meta_learning_rate": 1e-3, "checkpoint": tmp_path / "run"}
     with pytest.raises(ValueError, match="does not fit this run's model"):
         fit(model, network, make_data(), optimizer=optimizer, **options)
+
+
+@pytest.mark.parametrize("engine", ["shared", "unrolled"])
+def test_an_exact_engine_resumes_what_another_began(tmp_path, engine):
+    """They differ in rounding alone, so that one may help out where another lacks memory or a derivative."""
+    options = {"meta_batches": "next", "dropout": 0.0}
+    whole, whole_model, _ = train_online(**options)
+    with pytest.raises(KeyboardInterrupt):
+        train_online(tmp_path / "run", callback=stop_at_24, **options)
+    history, model, _ = train_online(tmp_path / "run", engine=engine, **options)
+    torch.testing.assert_close(flat(model), flat(whole_model), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(history.test_loss, whole.test_loss, rtol=1e-4)
+
+
+def test_a_meta_optimizer_with_another_setting_is_another_run(tmp_path):
+    def train(lr, **options):
+        make = partial(torch.optim.SGD, lr=lr)
+        return train_online(tmp_path / "run", meta_learning_rate=None, meta_optimizer=make, **options)
+
+    train(0.1)
+    train(0.1)  # finished
+    with pytest.raises(ValueError, match=r"meta_optimizer .*'learning_rate': \[0.1\].* -> .*'learning_rate': \[0.2\]"):
+        train(0.2)
+
+
+class Shift:
+    """An augmentation with a setting."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, inputs):
+        return inputs + self.by
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"augment": Shift(0.1)}, {"augment": Shift(0.2)}, r"augment_settings .*'by', 0.1.* -> .*'by', 0.2"),
+        ({"scheduler": ("StepLR", 10)}, {"scheduler": ("StepLR", 20)}, "'step_size': 10.* -> .*'step_size': 20"),
+        ({"scheduler": ("MultiStepLR", [10])}, {"scheduler": ("MultiStepLR", [20])}, "scheduler .*10.* -> .*20"),
+        (
+            {"scheduler": ("LambdaLR", lambda step: 0.9**step)},
+            {"scheduler": ("LambdaLR", lambda step: 0.8**step)},
+            "scheduler .*'0.81'.* -> .*'0.64'",
+        ),
+        ({"scheduler": ("StepLR", 10)}, {"scheduler": ("ExponentialLR", 0.9)}, "'StepLR'.* -> .*'ExponentialLR'"),
+        ({}, {"data": "inputs"}, "inputs .* -> "),
+        ({}, {"data": "valid"}, "held_out '[0-9a-f]{12}' -> "),
+    ],
+    ids=["augment", "step", "milestones", "function", "kind", "inputs", "validation rows"],
+)
+def test_a_setting_of_a_part_is_part_of_the_run(tmp_path, first, second, message):
+    def train(scheduler=None, data=None, **options):
+        model, _, optimizer = make_parts()
+        if scheduler:
+            options["scheduler"] = getattr(torch.optim.lr_scheduler, scheduler[0])(optimizer, scheduler[1])
+        given = make_data()
+        if data == "inputs":
+            given = replace(given, train=replace(given.train, inputs=2 * given.train.inputs))
+        elif data:
+            given = replace(given, valid=given.valid.take(torch.arange(20)))
+        options = {**OPTIONS, "checkpoint": tmp_path / "run", **options}
+        return fit(model, F.cross_entropy, given, optimizer=optimizer, **options)
+
+    whole = train(**first)
+    same_history(train(**first), whole)
+    with pytest.raises(ValueError, match=f"of another run .*{message}"):
+        train(**second)
 
 
 def test_a_checkpoint_of_another_loss_split_optimizer_or_without_the_scheduler_is_refused(tmp_path):
@@ -439,6 +626,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         ({"online": True, "engine": "shared"}, "engine='shared' needs meta_batches='next', got 'valid'"),
         ({"online": True, "engine": "fast"}, "engine must be one of"),
         ({"online": True, "meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more"),
+        ({"meta_learning_rate": 0.1}, "meta_learning_rate=0.1 has no effect without online=True; leave it out"),
+        ({"meta_optimizer": partial(torch.optim.Adam, lr=1e-3)}, "meta_optimizer=partial has no effect without online"),
+        ({"meta_batches": "train"}, "meta_batches='train' has no effect without online=True"),
+        ({"clip_meta_gradient": 1.0}, "clip_meta_gradient=1.0 has no effect without online=True"),
+        ({"engine": "unrolled"}, "engine='unrolled' has no effect without online=True"),
+        ({"learn": "learning_rate"}, "learn='learning_rate' has no effect without online=True"),
+        ({"compile": "default"}, "compile is for a loss that is learned online; leave it out"),
+        ({**RATE, "clip_meta_gradient": 1.0}, "clip_meta_gradient=1.0 has no effect on a learned learning rate; leave"),
+        ({**RATE, "engine": "unrolled"}, "engine='unrolled' has no effect on a learned learning rate"),
+        ({**RATE, "compile": "default"}, "compile is for a loss that is learned online"),
+        (
+            {"online": True, "meta_learning_rate": 0.1, "meta_optimizer": partial(torch.optim.Adam, lr=1e-3)},
+            "meta_learning_rate has no effect on a meta_optimizer of your own; leave one of the two out",
+        ),
+        (
+            {"autocast": torch.float32},
+            "autocast must be torch.bfloat16 or torch.float16, got torch.float32; leave it out",
+        ),
+        ({"autocast": torch.int8}, "autocast must be torch.bfloat16 or torch.float16, got torch.int8"),
         ({"device": "meta"}, r"the model is on cpu, not on meta; move it with model.to\('meta'\) before building"),
     ],
 )
@@ -448,6 +654,35 @@ def test_bad_arguments_are_refused_before_anything_is_trained(options, message):
     with pytest.raises(ValueError, match=message):
         fit(model, network, make_data(), optimizer=optimizer, **{**OPTIONS, **options})
     assert torch.equal(flat(model), before)
+
+
+def test_a_meta_optimizer_that_does_not_hold_the_learned_rate_is_refused():
+    model, network, optimizer = make_parts()
+    before = flat(model)
+    for given, error, message in (
+        (torch.optim.Adam(network.parameters()), ValueError, "does not hold; give a function that builds one"),
+        (lambda parameters: 3, TypeError, "an optimizer or a function that builds one, got int"),
+        (lambda parameters: torch.optim.Adam(network.parameters()), ValueError, "does not hold the learning rate"),
+    ):
+        options = {**OPTIONS, **RATE, "meta_optimizer": given}
+        with pytest.raises(error, match=message):
+            fit(model, F.cross_entropy, make_data(), optimizer=optimizer, **options)
+    assert torch.equal(flat(model), before) and optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_a_scheduler_that_would_not_schedule_this_run_is_refused():
+    model, network, optimizer = make_parts()
+    other = make_parts()[2]
+    for scheduler, error, message in (
+        (
+            torch.optim.lr_scheduler.StepLR(other, 10),
+            ValueError,
+            "the scheduler is of another optimizer; build it from",
+        ),
+        (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), TypeError, "needs a metric .* MultiStepLR"),
+    ):
+        with pytest.raises(error, match=message):
+            fit(model, network, make_data(), optimizer=optimizer, scheduler=scheduler, **OPTIONS)
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), LossNetwork("classification")])
