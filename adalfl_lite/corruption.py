@@ -30,6 +30,10 @@ def with_label_noise(data: Dataset, rate: float, seed: int) -> Dataset:
     _check(data, "label_noise")
     if not 0 <= rate < 1:
         raise ValueError(f"label_noise must lie in [0, 1), got {rate}")
+    if rate and not round(rate * len(data.train)):
+        raise ValueError(
+            f"label_noise={rate} makes none of {len(data.train)} labels wrong; give at least {1 / len(data.train):.2g}"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(split: Split) -> Split:
@@ -69,7 +73,10 @@ def with_imbalance(data: Dataset, ratio: float, seed: int) -> Dataset:
             kept.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
         return split.take(torch.cat(kept).sort().values)
 
-    return replace(data, train=thinned(data.train), valid=thinned(data.valid))
+    train = thinned(data.train)
+    if ratio > 1 and len(train) == len(data.train):
+        raise ValueError(f"imbalance={ratio} removes none of {len(train)} rows of {data.name}; give a larger one")
+    return replace(data, train=train, valid=thinned(data.valid))
 
 
 def _check(data: Dataset, option: str) -> None:

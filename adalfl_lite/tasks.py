@@ -49,6 +49,13 @@ class Task:
     label_noise: float = 0.0
     imbalance: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuse drops that would never come."""
+        if wrong := [drop for drop in self.drops if not 0 < drop < 1]:
+            raise ValueError(
+                f"drops are fractions of the training, between 0 and 1, got {wrong[0]}; divide a step by steps"
+            )
+
     @property
     def kind(self) -> Kind:
         """What is learned; known before the data are loaded. A subclass with data of its own says so itself."""

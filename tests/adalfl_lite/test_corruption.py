@@ -49,6 +49,14 @@ def test_class_sizes_fall_geometrically_and_rows_keep_their_order(ratio):
     assert ratio != 1 or same(thin.train, DIGITS.train)
 
 
+def test_corruption_that_would_change_no_row_is_refused():
+    with pytest.raises(ValueError, match=r"label_noise=0.0001 makes none of 1079 labels wrong; give at least 0.00093"):
+        with_label_noise(DIGITS, 0.0001, seed=1)
+    assert not same(with_label_noise(DIGITS, 0.00093, seed=1).train, DIGITS.train)
+    with pytest.raises(ValueError, match=r"imbalance=1.0001 removes none of 1079 rows of digits; give a larger one"):
+        with_imbalance(DIGITS, 1.0001, seed=1)
+
+
 @pytest.mark.parametrize(
     "corrupt", [lambda seed: with_label_noise(DIGITS, 0.3, seed), lambda s: with_imbalance(DIGITS, 9, s)]
 )

@@ -52,6 +52,12 @@ def test_the_models_of_the_other_tasks_build_for_their_shapes(name):
         assert model.eval()(torch.empty(2, *shape)).shape == (2, outputs)
 
 
+@pytest.mark.parametrize("drop", [0.0, 1.0, 1000, -0.5])
+def test_a_drop_that_would_never_come_is_refused(drop):
+    with pytest.raises(ValueError, match=rf"between 0 and 1, got {drop}; divide a step by steps"):
+        get_task("iris").with_(drops=(0.5, drop))
+
+
 def test_a_task_that_needs_files_says_where_to_get_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="download=True"):
         get_task("mnist-mlp").load(root=str(tmp_path))
