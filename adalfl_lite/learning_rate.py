@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite
+from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite, check_used
 from adalfl_lite.initialisation import (
     VALIDATION_BATCHES,
     Initialisation,
@@ -142,6 +142,7 @@ class OnlineLearningRate:
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
         trained_parameter_names(model, optimizer)
+        _check_holds(meta_optimizer, learning_rate)
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.learning_rate = learning_rate or LearningRate.of(optimizer)
         self.learning_rate.give_to(optimizer)
@@ -216,6 +217,18 @@ class OnlineLearningRate:
         return self.task_loss(prediction if self.autocast is None else prediction.float(), targets)
 
 
+def _check_holds(meta_optimizer: Optimizer | None, learning_rate: LearningRate | None) -> None:
+    """Raise ``ValueError`` unless the meta-optimizer is over the learning rate alone, and so moves it."""
+    if meta_optimizer is None:
+        return
+    known = set() if learning_rate is None else {id(parameter) for parameter in learning_rate.parameters()}
+    if {id(parameter) for parameter in optimizer_parameters(meta_optimizer)} != known:
+        raise ValueError(
+            "meta_optimizer does not hold the learning rate alone; with rate = LearningRate.of(optimizer), give"
+            " learning_rate=rate and meta_optimizer=torch.optim.Adam(rate.parameters())"
+        )
+
+
 def initialise_learning_rate(
     learning_rate: LearningRate,
     make_model: MakeModel,
@@ -240,6 +253,8 @@ def initialise_learning_rate(
     """
     check_counts(steps=steps, rollout_steps=rollout_steps, rehearsals=(rehearsals, 0), rehearsal_steps=rehearsal_steps)
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
+    if not rehearsals:
+        check_used("without rehearsals", validate=(validate, None))
     loss = task_loss(kind)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:
