@@ -217,6 +217,25 @@ def test_what_cannot_work_is_refused():
         online_of(model, torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1))
 
 
+def test_a_meta_optimizer_that_would_not_move_the_rate_is_refused_and_one_that_does_moves_it():
+    model, batches = problem()
+    network = nn.Linear(2, 1)
+    for given in (
+        {"meta_optimizer": torch.optim.Adam(network.parameters())},
+        {"meta_optimizer": torch.optim.Adam(LearningRate([0.1]).parameters())},  # another rate
+        {"learning_rate": LearningRate([0.1]), "meta_optimizer": torch.optim.Adam(LearningRate([0.1]).parameters())},
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with pytest.raises(ValueError, match=r"meta_optimizer does not hold .*torch\.optim\.Adam\(rate\.parameters"):
+            online_of(model, optimizer, **given)
+        assert optimizer.param_groups[0]["lr"] == 0.05
+    rate = LearningRate.of(optimizer)  # what the message says
+    meta_optimizer = torch.optim.Adam(rate.parameters(), lr=0.1)
+    online = online_of(model, optimizer, learning_rate=rate, meta_optimizer=meta_optimizer)
+    online.step(batches[0], batches[1])
+    assert abs(math.log(optimizer.param_groups[0]["lr"] / 0.05)) == pytest.approx(0.1, rel=1e-4)
+
+
 # Algorithm 3 -------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +269,15 @@ def test_a_model_where_a_function_belongs_is_refused():
     options = {"make_optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "kind": "regression"}
     with pytest.raises(TypeError, match="make_model must be a function that builds one, got Linear"):
         initialise_learning_rate(LearningRate([0.1]), make_model(), batches, batches, **options)
+
+
+def test_a_score_without_a_rehearsal_is_refused():
+    batches, make_model = quadratic(4.0)
+    options = {"make_optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "kind": "regression", "rehearsals": 0}
+    with pytest.raises(ValueError, match="validate=function has no effect without rehearsals; leave it out"):
+        initialise_learning_rate(
+            LearningRate([0.1]), make_model, batches, batches, validate=lambda m: (0, 0), **options
+        )
 
 
 def test_a_rate_that_is_worse_in_rehearsal_is_not_kept():
