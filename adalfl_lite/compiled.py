@@ -28,20 +28,20 @@ from adalfl_lite.checks import check_targets, unknown
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.losses import Loss, LossNetwork, output_pairs
 from adalfl_lite.metagradient import (
+    NO_CLIPPING,
     Batch,
+    Batches,
     MetaStep,
-    RandomState,
     apply_gradients,
-    buffers_of,
     check_early,
+    check_step,
     forward_mode_step,
     gradients_of,
-    trained_parameter_names,
+    micro_batches,
 )
-from adalfl_lite.tangents import forward
-from adalfl_lite.updates import optimizer_parameters, update_pullback
-
-Named = dict[str, Tensor]
+from adalfl_lite.passes import RandomState, Undo, forward, optimizer_parameters, replaced, slots_of
+from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
+from adalfl_lite.updates import Clipping, changes_gradients, update_pullback
 
 
 class CompiledStep:
@@ -50,7 +50,7 @@ class CompiledStep:
     Args:
         model: f_θ; draws no random numbers in its forward pass, for the tangent pass could not draw them again.
         loss_network: M_φ, a :class:`~adalfl_lite.losses.LossNetwork`.
-        optimizer, task_loss, autocast: as there.
+        optimizer, task_loss, clipping, autocast: as there.
         mode: of ``torch.compile``, such as "default" or "reduce-overhead".
 
     Raises:
@@ -65,6 +65,7 @@ class CompiledStep:
         task_loss: Loss,
         *,
         mode: str,
+        clipping: Clipping = NO_CLIPPING,
         autocast: torch.dtype | None = None,
     ):
         if mode not in (modes := torch._inductor.list_mode_options()):
@@ -72,8 +73,10 @@ class CompiledStep:
         if type(loss_network) is not LossNetwork or layers_of(loss_network.network) is None:
             raise TypeError(f"{type(loss_network).__name__} cannot be compiled; give a LossNetwork, or no compile mode")
         self.model, self.loss_network, self.optimizer, self.task_loss = model, loss_network, optimizer, task_loss
-        self.mode, self.autocast = mode, autocast
+        self.mode, self.clipping, self.autocast = mode, clipping, autocast
         self.reached: list[int] = []
+        self.slots: list[tuple[str, int]] = []
+        """The name of each slot of the model that another tensor is put into, and its index in θ and the buffers."""
         self.outputs = 0
         self.case: tuple[list, ...] | None = None
         options: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
@@ -83,49 +86,61 @@ class CompiledStep:
         self.meta_pass = torch.compile(self._meta_pass, **options)
         self.tangent_pass = torch.compile(self._tangent_pass, **options)
 
-    def __call__(self, batch: Batch, meta_batch: Batch) -> MetaStep:
+    def __call__(self, batch: Batches, meta_batch: Batches) -> MetaStep:
         """One step, and what it leaves behind.
 
         Raises:
-            ValueError: a batch that does not fit, or a model that draws random numbers; θ is left unchanged.
+            ValueError: a batch that does not fit, or a model that draws random numbers.
+            NotImplementedError: the model's derivative is not its backward pass's.
             RuntimeError: ``torch.compile`` cannot serve this model or these batches.
         """
-        names = trained_parameter_names(self.model, self.optimizer)
-        shapes = [(tensor.shape, tensor.dtype) for tensor in (*batch, *meta_batch)]
-        trained = [parameter.requires_grad for parameter in optimizer_parameters(self.optimizer)]
-        case = (shapes, [module.training for module in self.model.modules()], names, trained)
-        if self.case is None:
-            self.reached, self.case = self._reached(batch), case
-        if case != self.case:
-            return forward_mode_step(
-                self.model, self.loss_network, self.optimizer, batch, meta_batch, self.task_loss, autocast=self.autocast
-            )
-        if self.loss_network.kind == "classification":  # a compiled kernel reads beyond the end
-            check_targets(batch[1], "batch: targets", classes=self.outputs)
-            check_targets(meta_batch[1], "meta_batch: targets", classes=self.outputs)
-        return self._step(names, batch, meta_batch)
+        with Undo(self.model, self.optimizer) as undo:
+            check_step(self.model, self.optimizer)
+            parts = [*micro_batches(batch), *micro_batches(meta_batch)]
+            parameters = optimizer_parameters(self.optimizer)
+            trained = [(id(parameter), parameter.requires_grad) for parameter in parameters]
+            modes = [module.training for module in self.model.modules()]
+            case = ([(tensor.shape, tensor.dtype) for part in parts for tensor in part], modes, trained)
+            if self.case is None and len(parts) == 2:
+                self.reached, self.case = self._reached(parts[0]), case
+                own = [*(parameters[i] for i in self.reached), *self.model.buffers()]
+                index = {id(tensor): i for i, tensor in enumerate(own)}
+                self.slots = [(name, index[id(t)]) for name, t in slots_of(self.model) if id(t) in index]
+            if case != self.case:
+                arguments = (self.model, self.loss_network, self.optimizer, batch, meta_batch, self.task_loss)
+                return forward_mode_step(*arguments, clipping=self.clipping, autocast=self.autocast)
+            if self.loss_network.kind == "classification":  # a compiled kernel reads beyond the end
+                check_targets(parts[0][1], "batch: targets", classes=self.outputs)
+                check_targets(parts[1][1], "meta_batch: targets", classes=self.outputs)
+            return self._step(parts[0], parts[1], undo.before)
 
-    def _step(self, names: list[str], batch: Batch, meta_batch: Batch) -> MetaStep:
+    def _step(self, batch: Batch, meta_batch: Batch, copies: list[Tensor]) -> MetaStep:
         torch.compiler.cudagraph_mark_step_begin()
         parameters = optimizer_parameters(self.optimizer)
-        theta = {names[i]: parameters[i].detach() for i in self.reached}
-        before, buffers = {name: parameter.clone() for name, parameter in theta.items()}, buffers_of(self.model)
+        theta = [parameters[i].detach() for i in self.reached]
+        before, buffers = [copies[i] for i in self.reached], [buffer.clone() for buffer in self.model.buffers()]
         phi = [parameter.detach() for parameter in self.loss_network.parameters()]
 
-        prediction, learned_loss, found, new_buffers = self._run(self.training_pass, theta, buffers, phi, *batch)
-        check_early(learned_loss, self.model, buffers)
+        found = self._run(self.training_pass, theta, buffers, phi, *batch)
+        prediction, learned_loss, slope, gradients, new_buffers = found
+        check_early(learned_loss, self.model)
         with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(new_buffers[name])
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        for i, gradient in zip(self.reached, found, strict=True):
-            gradients[i] = gradient
-        pullback = update_pullback(self.optimizer, gradients)
-        apply_gradients(self.optimizer, parameters, gradients)
+            for buffer, new in zip(self.model.buffers(), new_buffers, strict=True):
+                buffer.copy_(new)
+        clipped: list[Tensor | None] = [None] * len(parameters)
+        for i, gradient in zip(self.reached, self.clipping(gradients), strict=True):
+            clipped[i] = gradient
+        pullback, unclip = update_pullback(self.optimizer, clipped), self.clipping.pullback(gradients)
+        if changes_gradients(self.optimizer):
+            clipped = [None if g is None else g.clone() for g in clipped]
+        apply_gradients(self.optimizer, parameters, clipped)
 
         meta_loss, v = self._run(self.meta_pass, theta, new_buffers, *meta_batch)
-        w = dict(zip(theta, pullback(v), strict=True))
+        w = unclip(pullback(v))
         tangent, along = self._run(self.tangent_pass, before, w, buffers, phi, prediction, *batch)
+        agreement = inner_product(slope, tangent), slope.norm() * tangent.norm()
+        precision = tolerance_of(self.autocast or prediction.dtype, *(g.dtype for g in gradients))
+        check_agreement(gradients, w, *agreement, tolerance=precision)
         wanted = [g for g, p in zip(along, self.loss_network.parameters(), strict=True) if p.requires_grad]
         # cloned, since a CUDA graph writes its results to the same place at every step
         meta_gradient, *others = wanted, learned_loss, meta_loss, prediction, tangent
@@ -134,9 +149,9 @@ class CompiledStep:
     def _reached(self, batch: Batch) -> list[int]:
         """Which of the optimizer's parameters the output depends on, and whether the step can be compiled at all."""
         random, parameters = RandomState(self.model), optimizer_parameters(self.optimizer)
-        prediction = forward(self.model, buffers_of(self.model), batch[0], self.autocast)
+        with replaced(self.model, {id(buffer): buffer.clone() for buffer in self.model.buffers()}):
+            prediction = forward(self.model, batch[0], self.autocast)
         if RandomState(self.model) != random:
-            random.restore()
             raise ValueError("the model draws random numbers, which a compiled step cannot repeat; leave compile out")
         self.loss_network(prediction, batch[1])  # says what does not fit
         self.outputs = prediction.shape[-1]
@@ -152,36 +167,40 @@ class CompiledStep:
                 f"torch.compile cannot serve this model, loss or machine: {error}\n(leave compile={self.mode!r} out)"
             ) from error
 
-    def _forward(self, theta: Named, buffers: Named, inputs: Tensor) -> tuple[Tensor, Named]:
+    def _forward(self, theta: list[Tensor], buffers: list[Tensor], inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """f(x), and the buffers that the pass leaves behind."""
-        new = {name: buffer.clone() for name, buffer in buffers.items()}
-        return forward(self.model, {**theta, **new}, inputs, self.autocast), new
+        new = [buffer.clone() for buffer in buffers]
+        tensors = [*theta, *new]
+        return forward(self.model, inputs, self.autocast, {name: tensors[i] for name, i in self.slots}), new
 
     def _derivatives(self, phi: list[Tensor], prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Along]:
         pairs = output_pairs(self.loss_network.kind, prediction, targets, phi[0].dtype)
         return derivatives(self.loss_network, phi, *pairs)
 
     def _training_pass(
-        self, theta: Named, buffers: Named, phi: list[Tensor], inputs: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor], Named]:
-        """f, M_φ, ∇_θ M_φ = J_fᵀ ∂M_φ/∂f and the new buffers."""
+        self, theta: list[Tensor], buffers: list[Tensor], phi: list[Tensor], inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """f, M_φ, ∂M_φ/∂f, ∇_θ M_φ = J_fᵀ ∂M_φ/∂f and the new buffers."""
         passed: Any = vjp(lambda t: self._forward(t, buffers, inputs), theta, has_aux=True)
         prediction, pull_back, new = passed
         loss, slope, _ = self._derivatives(phi, prediction, targets)
-        (gradients,) = pull_back(slope.to(prediction.dtype))
-        return prediction, loss, list(gradients.values()), new
+        slope = slope.to(prediction.dtype)
+        (gradients,) = pull_back(slope)
+        return prediction, loss, slope, list(gradients), new
 
-    def _meta_pass(self, theta: Named, buffers: Named, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _meta_pass(
+        self, theta: list[Tensor], buffers: list[Tensor], inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """L_T and ∇_θ L_T."""
         passed: Any = vjp(lambda t: self.task_loss(self._forward(t, buffers, inputs)[0], targets), theta)
         loss, pull_back = passed
-        return loss, list(pull_back(torch.ones_like(loss))[0].values())
+        return loss, list(pull_back(torch.ones_like(loss))[0])
 
     def _tangent_pass(
         self,
-        theta: Named,
-        w: Named,
-        buffers: Named,
+        theta: list[Tensor],
+        w: list[Tensor],
+        buffers: list[Tensor],
         phi: list[Tensor],
         prediction: Tensor,
         inputs: Tensor,

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite, check_used
+from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite, check_trainable, check_used
 from adalfl_lite.initialisation import (
     VALIDATION_BATCHES,
     Initialisation,
@@ -37,8 +36,21 @@ from adalfl_lite.initialisation import (
     validator,
 )
 from adalfl_lite.losses import Loss, task_error, task_loss
-from adalfl_lite.metagradient import Batch, eval_mode, plain_step, trained_parameter_names
-from adalfl_lite.updates import optimizer_parameters
+from adalfl_lite.metagradient import (
+    Batch,
+    Batches,
+    add,
+    check_model,
+    meta_pass,
+    micro_batches,
+    plain_step,
+    shares_of,
+    total,
+    weighted,
+)
+from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
+from adalfl_lite.tangents import inner_product
+from adalfl_lite.updates import Clipping, check_no_gradient, check_no_hooks, check_own_step
 
 PROPORTIONAL = (
     torch.optim.SGD,
@@ -115,6 +127,7 @@ class OnlineLearningRate:
         meta_optimizer: optimizer over ``learning_rate.parameters()``; by default Adam.
         meta_learning_rate: η of the default meta-optimizer, about the relative change of α per step; 0 freezes α.
         task_loss: L_T; by default ``loss``.
+        clip_gradient_norm, clip_gradient_value: of ∇_θ L, see :class:`~adalfl_lite.online.OnlineLoss`.
         autocast: dtype for the base model's passes.
 
     Raises:
@@ -132,6 +145,8 @@ class OnlineLearningRate:
         meta_optimizer: Optimizer | None = None,
         meta_learning_rate: float = ONLINE_META_LEARNING_RATE,
         task_loss: Loss | None = None,
+        clip_gradient_norm: float | None = None,
+        clip_gradient_value: float | None = None,
         autocast: torch.dtype | None = None,
     ):
         if not isinstance(optimizer, PROPORTIONAL):
@@ -141,8 +156,10 @@ class OnlineLearningRate:
             )
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
-        trained_parameter_names(model, optimizer)
+        check_model(model)
+        self._check(model, optimizer)
         _check_holds(meta_optimizer, learning_rate)
+        self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.learning_rate = learning_rate or LearningRate.of(optimizer)
         self.learning_rate.give_to(optimizer)
@@ -151,43 +168,53 @@ class OnlineLearningRate:
         self.task_loss = task_loss or loss
         self.autocast = autocast
 
-    def step(self, batch: Batch, meta_batch: Batch) -> RateStep:
-        """One update of θ on ``batch``, then one of α on ``meta_batch``; each is (inputs, targets).
+    def step(self, batch: Batches, meta_batch: Batches) -> RateStep:
+        """One update of θ on ``batch``, then one of α on ``meta_batch``; each is (inputs, targets), or a list of them.
+
+        An exception leaves everything as it was.
 
         Raises:
-            FloatingPointError: a loss or the hypergradient is not finite; α is left unchanged.
+            FloatingPointError: a loss or the hypergradient is not finite.
             ValueError: a batch is not what the model takes.
         """
-        check_batch(batch, "batch", self.model)
-        check_batch(meta_batch, "meta_batch", self.model)
-        result = self.meta_gradient(batch, meta_batch)
-        named = {"loss": result.learned_loss, "task loss": result.task_loss, "hypergradient": result.meta_gradient[0]}
-        check_finite(named, self.model)
-        self.learning_rate.log_rates.grad = result.meta_gradient[0]
-        self.meta_optimizer.step()
-        self.learning_rate.log_rates.grad = None
-        self.learning_rate.give_to(self.optimizer)
+        for name, given in (("batch", batch), ("meta_batch", meta_batch)):
+            for part in micro_batches(given):
+                check_batch(part, name, self.model)
+        with Undo(self.model, self.optimizer, self.meta_optimizer):
+            result = self.meta_gradient(batch, meta_batch)
+            (slopes,) = result.meta_gradient
+            check_finite(
+                {"loss": result.learned_loss, "task loss": result.task_loss, "hypergradient": slopes}, self.model
+            )
+            self.learning_rate.log_rates.grad = slopes
+            self.meta_optimizer.step()
+            self.learning_rate.log_rates.grad = None
+            self.learning_rate.give_to(self.optimizer)
         return result
 
-    def meta_gradient(self, batch: Batch, meta_batch: Batch) -> RateStep:
+    def meta_gradient(self, batch: Batches, meta_batch: Batches) -> RateStep:
         """Update θ on ``batch`` and return the hypergradient, equation (1), leaving α alone."""
-        parameters = optimizer_parameters(self.optimizer)
-        before = [parameter.detach().clone() for parameter in parameters]
-        self.learning_rate.give_to(self.optimizer)
-        loss = plain_step(self.model, self.loss, self.optimizer, batch, autocast=self.autocast)
-        self.optimizer.zero_grad()
+        with Undo(self.model, self.optimizer) as undo:
+            self._check(self.model, self.optimizer)
+            check_no_gradient(self.optimizer)
+            parameters = optimizer_parameters(self.optimizer)
+            self.learning_rate.give_to(self.optimizer)
+            loss = plain_step(
+                self.model, self.loss, self.optimizer, batch, clipping=self.clipping, autocast=self.autocast
+            )
+            self.optimizer.zero_grad()
 
-        meta_loss = self._loss_after(meta_batch)
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        found = dict(zip(map(id, wanted), torch.autograd.grad(meta_loss, wanted, allow_unused=True), strict=True))
-        slopes = []
-        old = iter(before)
-        for group in self.optimizer.param_groups:
-            pairs = [(found.get(id(new)), new.detach() - next(old)) for new in group["params"]]
-            slopes.append(sum((v * step).sum().double() for v, step in pairs if v is not None))
+            wanted = [parameter for parameter in parameters if parameter.requires_grad]
+            meta_loss, gradients = self._gradient_after(meta_batch, wanted)
+            found = dict(zip(map(id, wanted), gradients, strict=True))
+            slopes = []
+            old = iter(undo.before)
+            for group in self.optimizer.param_groups:
+                pairs = [(found.get(id(new)), new.detach() - next(old)) for new in group["params"]]
+                slopes.append(sum(inner_product(v, step).double() for v, step in pairs if v is not None))
         like = self.learning_rate.log_rates
         hypergradient = torch.stack([torch.as_tensor(slope, dtype=like.dtype, device=like.device) for slope in slopes])
-        return RateStep([hypergradient], loss, meta_loss.detach())
+        return RateStep([hypergradient], loss, meta_loss)
 
     def state_dict(self) -> dict:
         """θ, α and both optimizers' states, loadable with ``weights_only=True``."""
@@ -205,16 +232,25 @@ class OnlineLearningRate:
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
 
-    def _loss_after(self, meta_batch: Batch) -> Tensor:
-        """L_T at the new θ; buffers and the random state are left as they were."""
-        inputs, targets = meta_batch
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        device = next(self.model.parameters()).device
-        cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                prediction = functional_call(self.model, buffers, (inputs,))
-        return self.task_loss(prediction if self.autocast is None else prediction.float(), targets)
+    def _gradient_after(self, meta_batch: Batches, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """L_T at the new θ, and its gradient; buffers and the random state are left as they were."""
+        random, buffers = RandomState(self.model), Buffers(self.model)
+        losses: list[tuple[float, Tensor]] = []
+        gradients: list[Tensor] = []
+        parts = micro_batches(meta_batch)
+        for share, part in zip(shares_of(parts), parts, strict=True):
+            _, loss, found = meta_pass(self.model, buffers, part, self.task_loss, parameters, self.autocast)
+            losses.append((share, loss))
+            gradients = add(gradients, weighted(share, found))
+        random.restore()
+        return total(losses), gradients
+
+    @staticmethod
+    def _check(model: nn.Module, optimizer: Optimizer) -> None:
+        """Refuse what would move θ beside the gradient's step; what changes the gradient before it is all the same."""
+        check_own_step(optimizer)
+        check_trainable(model, optimizer)
+        check_no_hooks(optimizer, parameters=False)
 
 
 def _check_holds(meta_optimizer: Optimizer | None, learning_rate: LearningRate | None) -> None:

@@ -21,40 +21,83 @@ are what is needed beyond plain training's memory. Two options save more time:
 ``unrolled_step`` differentiates through any number of inner steps with autograd: the reference, and the engine for
 models or optimizers forward mode cannot serve.
 
+Each checks (2) at every step by the identity ⟨∇_θ M_φ, w⟩ = ⟨g, u⟩, both sides of which are the derivative of M_φ along
+w (:func:`~adalfl_lite.tangents.check_agreement`): where they differ, the model's backward pass is not the one that u
+belongs to, and the step is refused.
+
 All update the model and the optimizer exactly as ``optimizer.step()`` would, momentum and BatchNorm buffers included;
-the meta batch passes through the model in its current mode and leaves buffers and the random state as they were.
+the meta batch passes through the model in its current mode and leaves buffers and the random state as they were. A step
+that fails leaves everything as it was (:class:`~adalfl_lite.passes.Undo`).
+
+A batch may come as a list of micro batches: the step is that on their union (where no layer mixes the examples of a
+batch), weighted by their lengths, and takes the memory of one of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from adalfl_lite.checks import check_finite, check_scalar, check_trainable
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.distributed import average
 from adalfl_lite.losses import Loss, LossNetwork, output_pairs
-from adalfl_lite.tangents import LayerOutputs, finite_difference_tangent, forward, output_tangent
-from adalfl_lite.updates import (
-    check_differentiable,
-    functional_update,
+from adalfl_lite.passes import (
+    Attributes,
+    Buffers,
+    RandomState,
+    Undo,
+    clones,
+    differentiable_kernels,
+    eval_mode,
+    forward,
     optimizer_parameters,
+    replaced,
+    unmarked,
+)
+from adalfl_lite.tangents import (
+    EMBEDDINGS,
+    FINITE_DIFFERENCE_ERROR,
+    LayerOutputs,
+    check_agreement,
+    check_embedding,
+    finite_difference_tangent,
+    inner_product,
+    output_tangent,
+    tolerance_of,
+)
+from adalfl_lite.updates import (
+    Clipping,
+    changes_gradients,
+    check_differentiable,
+    check_no_gradient,
+    check_no_hooks,
+    functional_update,
     update_pullback,
 )
 
+__all__ = ["MetaStep", "eval_mode", "forward_mode_step", "plain_step", "shared_forward_step", "unrolled_step"]
+
 Batch = tuple[Tensor, Tensor]
+
+Batches = Batch | Sequence[Batch]
+"""A batch, or a list of micro batches."""
 
 KEPT_FAN_IN = 1000
 """``forward_mode_step`` keeps the outputs of layers with at least so many inputs for the tangent pass, see
 :class:`~adalfl_lite.tangents.LayerOutputs`."""
+
+NO_CLIPPING = Clipping()
 
 
 @dataclass(frozen=True)
@@ -77,11 +120,12 @@ def forward_mode_step(
     model: nn.Module,
     loss_network: nn.Module,
     optimizer: Optimizer,
-    batch: Batch,
-    meta_batch: Batch,
+    batch: Batches,
+    meta_batch: Batches,
     task_loss: Loss,
     *,
     finite_difference: bool = False,
+    clipping: Clipping = NO_CLIPPING,
     autocast: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
 ) -> MetaStep:
@@ -91,28 +135,51 @@ def forward_mode_step(
         model: f_θ; its parameters that ``optimizer`` holds are updated in place.
         loss_network: M_φ, called as (prediction, target) -> scalar.
         optimizer: any torch.optim optimizer over ``model``'s parameters with a differentiable update.
-        batch: (inputs, targets) for the base step.
-        meta_batch: (inputs, targets) on which L_T is taken at the new θ'.
+        batch: (inputs, targets) for the base step, or a list of such micro batches.
+        meta_batch: (inputs, targets) on which L_T is taken at the new θ', or a list of such micro batches.
         task_loss: L_T, called as (prediction, target) -> scalar.
         finite_difference: approximate u by one more forward pass, see :mod:`adalfl_lite.tangents`.
+        clipping: of the gradient, before the optimizer has it.
         autocast: dtype for the model's passes; the losses see float32 predictions.
         process_group: processes that hold equal shares of the batches, see :mod:`adalfl_lite.distributed`.
+
+    Raises:
+        NotImplementedError: the model has no derivative of this kind, or one that is not its backward pass's.
+        FloatingPointError: the learned loss is not finite (seen here on the CPU only).
+        ValueError, TypeError: something above cannot work, with the reason.
     """
-    training = _training_pass(model, batch, autocast, math.inf if finite_difference else KEPT_FAN_IN)
-    arguments = (model, loss_network, optimizer, training, meta_batch, task_loss)
-    options: dict[str, Any] = {"autocast": autocast, "group": process_group}
-    return _step(*arguments, finite_difference=finite_difference, keep=False, **options)[0]
+    parts = micro_batches(batch)
+    fan_in = KEPT_FAN_IN if len(parts) == 1 and not finite_difference else math.inf
+    with Undo(model, optimizer) as undo:
+        check_step(model, optimizer)
+        passes = (_training_pass(model, part, autocast, fan_in) for part in parts)
+        shares, meta_parts = shares_of(parts), micro_batches(meta_batch)
+        return _step(
+            model,
+            loss_network,
+            optimizer,
+            zip(shares, passes, strict=True),
+            meta_parts,
+            task_loss,
+            undo.before,
+            finite_difference=finite_difference,
+            keep=False,
+            clipping=clipping,
+            autocast=autocast,
+            group=process_group,
+        )[0]
 
 
 def shared_forward_step(
     model: nn.Module,
     loss_network: nn.Module,
     optimizer: Optimizer,
-    batch: Batch,
-    next_batch: Batch,
+    batch: Batches,
+    next_batch: Batches,
     task_loss: Loss,
     kept: ForwardPass | None = None,
     *,
+    clipping: Clipping = NO_CLIPPING,
     autocast: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
 ) -> tuple[MetaStep, ForwardPass]:
@@ -122,10 +189,27 @@ def shared_forward_step(
     and neither they nor the model have changed; otherwise it is dropped and the batch passes through the model again.
     So the result is the same in every case; only the time differs.
     """
-    fits = kept is not None and kept.fits(model, batch)
-    training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, batch, autocast, 0)
-    arguments = (model, loss_network, optimizer, training, next_batch, task_loss)
-    return _step(*arguments, finite_difference=False, keep=True, autocast=autocast, group=process_group)
+    if len(micro_batches(batch)) + len(micro_batches(next_batch)) != 2:
+        raise ValueError("engine='shared' takes one batch at a time; for micro batches use engine='forward'")
+    (first,), (second,) = micro_batches(batch), micro_batches(next_batch)
+    with Undo(model, optimizer) as undo:
+        check_step(model, optimizer)
+        fits = kept is not None and kept.fits(model, first)
+        training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, first, autocast, 0)
+        return _step(
+            model,
+            loss_network,
+            optimizer,
+            iter([(1.0, training)]),
+            [second],
+            task_loss,
+            undo.before,
+            finite_difference=False,
+            keep=True,
+            clipping=clipping,
+            autocast=autocast,
+            group=process_group,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,75 +218,133 @@ class ForwardPass:
 
     batch: Batch
     prediction: Tensor
-    buffers: dict[str, Tensor]
+    buffers: Buffers
     """The model's buffers before the pass."""
-    new_buffers: dict[str, Tensor]
-    """What the pass made of them; empty if it changed the model's own."""
     random: RandomState
     """The random state before the pass."""
     new_random: RandomState
     """And after it."""
     outputs: LayerOutputs = field(repr=False)
     """What its layers gave, as far as it was kept."""
-    versions: list[Any]
+    new_buffers: dict[int, Tensor] = field(default_factory=dict)
+    """What the pass made of the buffers; empty if it changed the model's own."""
+    attributes: Attributes | None = None
+    """What it made of the modules' attributes; None if it changed the model's own."""
+    circumstances: list[Any] = field(default_factory=list)
+    """All that the pass depended on."""
 
     def fits(self, model: nn.Module, batch: Batch) -> bool:
         """Whether a training pass over ``batch`` would repeat this pass."""
         same = all(ours is theirs for ours, theirs in zip(self.batch, batch, strict=True))
-        return same and self.versions == _versions(model, batch)
+        return same and self.circumstances == _circumstances(model, batch)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What remains of the training pass over a micro batch once its graph has gone."""
+
+    share: float
+    """Of the whole batch."""
+    training: ForwardPass
+    derivative: _OutputDerivative
 
 
 def _step(
     model: nn.Module,
     loss_network: nn.Module,
     optimizer: Optimizer,
-    training: ForwardPass,
-    meta_batch: Batch,
+    training: Iterator[tuple[float, ForwardPass]],
+    meta_parts: Sequence[Batch],
     task_loss: Loss,
+    before: list[Tensor],
     *,
     finite_difference: bool,
     keep: bool,
+    clipping: Clipping,
     autocast: torch.dtype | None,
     group: ProcessGroup | None,
 ) -> tuple[MetaStep, ForwardPass]:
-    names = trained_parameter_names(model, optimizer)
+    """Equations (1) to (3), for a batch in parts.
+
+    Args:
+        training: the share of each part in the batch, and its pass, which is made as it is asked for: the graph of one
+            has gone before the next begins.
+        before: copies of θ.
+        keep: return the pass over the meta batch with its graph.
+        model, loss_network, optimizer, meta_parts, task_loss: see :func:`forward_mode_step`, and so are the others.
+    """
     parameters = optimizer_parameters(optimizer)
-    before = [parameter.detach().clone() for parameter in parameters]
-    inputs, targets = training.batch
-    prediction = training.prediction.detach()
 
-    derivative = _OutputDerivative(loss_network, prediction, targets)
-    (learned_loss,) = average([derivative.loss], group)
-    check_early(learned_loss, model, training.buffers)
-    gradients = gradients_of(training.prediction, parameters, grad_outputs=derivative.value)
-    reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    for i, gradient in zip(reached, average([g for g in gradients if g is not None], group), strict=True):
-        gradients[i] = gradient
-    pullback = update_pullback(optimizer, gradients)
-    apply_gradients(optimizer, parameters, gradients)
-    del gradients
+    # ∇_θ M_φ, by the backward pass of the model's own loop: whatever hooks into that is in the identity below
+    parts: list[_Part] = []
+    for share, passed in training:
+        derivative = _OutputDerivative(loss_network, passed.prediction.detach(), passed.batch[1])
+        check_early(average([derivative.loss], group)[0], model)
+        backward(passed.prediction, parameters, weighted(share, [derivative.value])[0])
+        parts.append(_Part(share, replace(passed, prediction=passed.prediction.detach()), derivative))
+        del passed
+    learned_loss = average([total([(part.share, part.derivative.loss) for part in parts])], group)[0]
+    found = [parameter.grad for parameter in parameters]
+    reached = [i for i, gradient in enumerate(found) if gradient is not None]
+    gradients = average([gradient for gradient in found if gradient is not None], group)
+    del found
 
-    meta = _meta_pass(model, meta_batch, autocast, keep)
-    meta_loss = task_loss(meta.prediction, meta_batch[1])
+    # θ' = U(θ, g), and its derivative, which must be taken while the optimizer's state is the old one
+    clipped: list[Tensor | None] = [None] * len(parameters)
+    for i, gradient in zip(reached, clipping(gradients), strict=True):
+        clipped[i] = gradient
+    pullback, unclip = update_pullback(optimizer, clipped), clipping.pullback(gradients)
+    if changes_gradients(optimizer):
+        clipped = [None if g is None else g.clone() for g in clipped]
+    apply_gradients(optimizer, parameters, clipped)
+    del clipped
+
+    # v = ∇_θ' L_T
     moved = [parameters[i] for i in reached]
-    v = torch.autograd.grad(meta_loss, moved, retain_graph=keep, allow_unused=True, materialize_grads=True)
-    w = pullback(average(v, group))
+    v: list[Tensor] = []
+    meta_losses = []
+    buffers = Buffers(model)
+    for share, meta_part in zip(shares_of(meta_parts), meta_parts, strict=True):
+        meta, meta_loss, gradient_v = meta_pass(model, buffers, meta_part, task_loss, moved, autocast, keep)
+        meta_losses.append((share, meta_loss))
+        v = add(v, weighted(share, gradient_v))
+        del gradient_v
+
+    # equation (1): w = (∂U/∂g)ᵀ v
+    w = unclip(pullback(average(v, group)))
     del v
 
-    tangents = {names[i]: (before[i], direction) for i, direction in zip(reached, w, strict=True)}
-    unreached = {names[i]: before[i] for i in set(range(len(before))) - set(reached)}
-    state = {**training.buffers, **unreached}
-    training.random.restore()
-    tangent: Tensor | None
-    if finite_difference:
-        tangent = finite_difference_tangent(model, state, tangents, inputs, autocast, prediction)
-    else:
-        tangent = output_tangent(model, state, tangents, inputs, autocast, training.outputs)
-    training.new_random.restore()
+    # equation (2): u = J_f(θ) w, for each part as its training pass was
+    tangents = {id(parameters[i]): (before[i], direction) for i, direction in zip(reached, w, strict=True)}
+    unreached = {id(parameters[i]): before[i] for i in set(range(len(before))) - set(reached)}
+    along, bound = torch.zeros((), device=learned_loss.device), torch.zeros((), device=learned_loss.device)
+    found_tangents: list[Tensor | None] = []
+    meta_gradient: list[Tensor] = []
+    for part in parts:
+        passed = part.training
+        state = {**passed.buffers.fresh(), **unreached}
+        passed.random.restore()
+        tangent: Tensor | None
+        if finite_difference:
+            tangent = finite_difference_tangent(model, state, tangents, passed.batch[0], autocast, passed.prediction)
+        else:
+            tangent = output_tangent(model, state, tangents, passed.batch[0], autocast, passed.outputs)
+        u = torch.zeros_like(passed.prediction) if tangent is None else tangent
+        along = along + part.share * inner_product(part.derivative.value, u)
+        bound = bound + part.share * part.derivative.value.norm().to(along.dtype) * u.norm().to(along.dtype)
+        found_tangents.append(tangent)
 
-    meta_gradient = derivative.gradient_along(torch.zeros_like(prediction) if tangent is None else tangent)
-    *meta_gradient, meta_loss = average([*meta_gradient, meta_loss.detach()], group)
-    return MetaStep(meta_gradient, learned_loss, meta_loss, prediction, tangent), meta
+        # equation (3): ∇_φ ⟨∂M_φ/∂f, u⟩
+        meta_gradient = add(meta_gradient, weighted(part.share, part.derivative.gradient_along(u)))
+    parts[-1].training.new_random.restore()
+
+    *meta_gradient, task, along = average([*meta_gradient, total(meta_losses), along], group)
+    tolerance = tolerance_of(autocast or parts[0].training.prediction.dtype, *(g.dtype for g in gradients))
+    tolerance = max(tolerance, FINITE_DIFFERENCE_ERROR if finite_difference else 0)
+    check_agreement(gradients, w, along, bound, tolerance=tolerance)
+    prediction = joined([part.training.prediction for part in parts])
+    tangent = None if any(t is None for t in found_tangents) else joined([t for t in found_tangents if t is not None])
+    return MetaStep(meta_gradient, learned_loss, task, prediction, tangent), meta
 
 
 class _OutputDerivative:
@@ -240,72 +382,256 @@ def unrolled_step(
     model: nn.Module,
     loss_network: nn.Module,
     optimizer: Optimizer,
-    batches: Sequence[Batch],
-    meta_batch: Batch,
+    batches: Sequence[Batches],
+    meta_batch: Batches,
     task_loss: Loss,
     *,
+    clipping: Clipping = NO_CLIPPING,
     autocast: torch.dtype | None = None,
 ) -> MetaStep:
     """``len(batches)`` base steps with M_φ, differentiated by double backward through all of them.
 
     Arguments and result are those of :func:`forward_mode_step`; ``learned_loss`` and ``prediction`` are the first
     step's. The real optimizer takes the same steps, so θ and its state end bit for bit where torch.optim puts them.
+
+    What the model holds constant in its backward pass (``torch.no_grad``, ``detach``) is a constant in the derivative
+    of several steps too.
     """
     if not batches:
         raise ValueError("unrolled_step needs at least one training batch, got none")
-    names = trained_parameter_names(model, optimizer)
     phi = [p for p in loss_network.parameters() if p.requires_grad]
-    parameters = optimizer_parameters(optimizer)
-    theta = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in parameters]
-    state = None
-    first: list[Tensor] = []
-    for inputs, targets in batches:
-        buffers = buffers_of(model)
-        prediction = forward(model, dict(zip(names, theta, strict=True)), inputs, autocast)
+    with Undo(model, optimizer) as undo, differentiable_kernels(model):
+        check_step(model, optimizer)
+        parameters = optimizer_parameters(optimizer)
+        theta = [b.requires_grad_(p.requires_grad) for b, p in zip(clones(undo.before), parameters, strict=True)]
+        state = None
+        steps: list[_Unrolled] = []
+        for batch in batches:
+            step = _unrolled_gradient(model, loss_network, parameters, theta, micro_batches(batch), autocast)
+            check_early(step.learned_loss, model)
+            gradients = clipping(step.gradients)
+            theta, state = functional_update(optimizer, theta, gradients, state)
+            apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
+            steps.append(step)
+        buffers, random = Buffers(model), RandomState(model)
+        losses = []
+        meta_parts = micro_batches(meta_batch)
+        new = {id(p): t for p, t in zip(parameters, theta, strict=True)}
+        for share, (inputs, targets) in zip(shares_of(meta_parts), meta_parts, strict=True):
+            with unmarked(model), replaced(model, {**new, **buffers.fresh()}), _twice_differentiable():
+                losses.append((share, task_loss(forward(model, inputs, autocast), targets)))
+        random.restore()
+        meta_loss = total(losses)
+        meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
+        first = steps[0]
+        for step, (w, u) in zip(steps, pairs, strict=True):
+            given = [g.detach() for g in step.gradients if g is not None]
+            slopes = [s.detach() for s in step.slopes]
+            along = sum(inner_product(s, t) for s, t in zip(slopes, u, strict=True))
+            bound = sum(s.norm() * t.norm() for s, t in zip(slopes, u, strict=True))
+            precision = tolerance_of(autocast or first.prediction.dtype, *(g.dtype for g in given))
+            check_agreement(given, w, torch.as_tensor(along), torch.as_tensor(bound), tolerance=precision)
+    return MetaStep(meta_gradient, first.learned_loss, meta_loss.detach(), first.prediction, None)
+
+
+@dataclass(frozen=True)
+class _Unrolled:
+    """An inner step's gradient with its graph."""
+
+    gradients: list[Tensor | None]
+    slopes: list[Tensor]
+    """∂M_φ/∂f of each part, times its share."""
+    learned_loss: Tensor
+    prediction: Tensor
+
+
+def _unrolled_gradient(
+    model: nn.Module,
+    loss_network: nn.Module,
+    parameters: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    parts: Sequence[Batch],
+    autocast: torch.dtype | None,
+) -> _Unrolled:
+    """∇_θ M_φ at ``theta`` in the place of ``parameters``, as J_fᵀ ∂M_φ/∂f, so that both factors can be asked for."""
+    gradients: list[Tensor | None] = [None] * len(theta)
+    slopes, losses, predictions = [], [], []
+    versions = [t._version for t in theta]
+    for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
+        with replaced(model, {id(p): t for p, t in zip(parameters, theta, strict=True)}), _twice_differentiable():
+            prediction = forward(model, inputs, autocast)
+        if [t._version for t in theta] != versions:
+            raise ValueError(CHANGED)
         learned_loss = loss_network(prediction, targets)
         check_scalar(learned_loss)
-        check_early(learned_loss.detach(), model, buffers)
-        gradients = gradients_of(learned_loss, theta, create_graph=True)
-        theta, state = functional_update(optimizer, theta, gradients, state)
-        apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
-        first = first or [learned_loss.detach(), prediction.detach()]
-    random_after = RandomState(model)
-    buffers = buffers_of(model)
-    meta_inputs, meta_targets = meta_batch
-    replaced = {**dict(zip(names, theta, strict=True)), **buffers}
-    meta_loss = task_loss(forward(model, replaced, meta_inputs, autocast), meta_targets)
-    random_after.restore()
-    meta_gradient = torch.autograd.grad(meta_loss, phi, allow_unused=True, materialize_grads=True)
-    return MetaStep(list(meta_gradient), first[0], meta_loss.detach(), first[1], None)
+        with _differentiated_twice():
+            (slope,) = weighted(share, torch.autograd.grad(learned_loss, prediction, create_graph=True))
+            found = gradients_of(prediction, theta, grad_outputs=slope, create_graph=True)
+        for i, gradient in enumerate(found):
+            if gradient is not None:
+                earlier = gradients[i]
+                gradients[i] = gradient if earlier is None else earlier + gradient
+        slopes.append(slope)
+        losses.append((share, learned_loss.detach()))
+        predictions.append(prediction.detach())
+    return _Unrolled(gradients, slopes, total(losses), joined(predictions))
+
+
+def _double_backward(
+    meta_loss: Tensor, phi: Sequence[Tensor], steps: Sequence[_Unrolled]
+) -> tuple[list[Tensor], list[tuple[list[Tensor], list[Tensor]]]]:
+    """∇_φ L_T, and for each step w = ∂L_T/∂g and u = ∂L_T/∂s, for its gradient g and the slopes s that made it."""
+    wanted = [[g for g in step.gradients if g is not None] for step in steps]
+    inputs: list[Tensor] = [*phi]
+    for gradients, step in zip(wanted, steps, strict=True):
+        inputs += [*gradients, *step.slopes]
+    with _differentiated_twice():
+        found = list(torch.autograd.grad(meta_loss, inputs, allow_unused=True, materialize_grads=True))
+    meta_gradient, pairs = found[: len(phi)], []
+    position = len(phi)
+    for gradients, step in zip(wanted, steps, strict=True):
+        middle, end = position + len(gradients), position + len(gradients) + len(step.slopes)
+        pairs.append((found[position:middle], found[middle:end]))
+        position = end
+    return meta_gradient, pairs
+
+
+@contextmanager
+def _differentiated_twice() -> Iterator[None]:
+    """Say what is missing where torch has no derivative of a backward pass."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotImplementedError(f"this model cannot be differentiated twice: {error}") from error
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Around a pass of ``unrolled_step``: what torch differentiates only once is written so that it can do it twice."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in EMBEDDINGS:
+            check_embedding(func.__name__, kwargs or {})
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS), _TwiceDifferentiable():
+        try:
+            yield
+        except RuntimeError as error:
+            if CHECKPOINTS in str(error):
+                raise NotImplementedError(CHECKPOINTS) from error
+            raise
+
+
+CHECKPOINTS = "a checkpoint, or another hook on saved tensors, would pass through the model again with other weights"
 
 
 def plain_step(
-    model: nn.Module, loss: Loss, optimizer: Optimizer, batch: Batch, *, autocast: torch.dtype | None = None
+    model: nn.Module,
+    loss: Loss,
+    optimizer: Optimizer,
+    batch: Batches,
+    *,
+    clipping: Clipping = NO_CLIPPING,
+    autocast: torch.dtype | None = None,
 ) -> Tensor:
     """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step.
 
     Nothing but the optimizer's parameters gets a gradient: a learned loss is not differentiated by φ.
     """
     optimizer.zero_grad()
-    value = loss(forward(model, {}, batch[0], autocast), batch[1])
-    check_scalar(value)
-    value.backward(inputs=[parameter for parameter in optimizer_parameters(optimizer) if parameter.requires_grad])
+    parameters = optimizer_parameters(optimizer)
+    parts = micro_batches(batch)
+    losses = []
+    for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
+        value = loss(forward(model, inputs, autocast), targets)
+        check_scalar(value)
+        backward(weighted(share, [value])[0], parameters)
+        losses.append((share, value.detach()))
+    if clipping != NO_CLIPPING:
+        for parameter, gradient in zip(parameters, clipping([p.grad for p in parameters]), strict=True):
+            parameter.grad = gradient
     optimizer.step()
-    return value.detach()
+    return total(losses)
 
 
-def trained_parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The name in ``model`` of each of the optimizer's parameters, in the optimizer's order.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+"""Classes of torch.distributed, by name, for to import them all takes long."""
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model that no engine serves, as far as its modules show it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            check_embedding(name, vars(module))
+        if WRAPPERS & {base.__name__ for base in type(module).__mro__}:
+            raise ValueError(
+                f"{type(module).__name__} averages gradients by hooks, which the meta-gradient would not see; give the"
+                " model itself, and process_group="
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError("a scripted model does not let its parameters be replaced; give the one it was made from")
+
+
+def check_step(model: nn.Module, optimizer: Optimizer, gradients: bool = True) -> None:
+    """Raise unless this optimizer can take a differentiable step of this model now.
+
+    Args:
+        model, optimizer: see :func:`forward_mode_step`.
+        gradients: look for a ``.grad`` that is there already, too.
 
     Raises:
         TypeError: the optimizer's update is not differentiable.
-        ValueError: the optimizer holds a parameter that is not the model's, or none that requires a gradient.
+        ValueError: the optimizer holds a parameter that is not the model's, or none that requires a gradient; a hook or
+            a ``.grad`` would change the gradient unseen.
         RuntimeError: gradients are switched off.
     """
     check_differentiable(optimizer)
     check_trainable(model, optimizer)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for parameter in optimizer_parameters(optimizer)]
+    if gradients:
+        check_no_gradient(optimizer)
+    check_no_hooks(optimizer)
+
+
+def micro_batches(batch: Batches) -> list[Batch]:
+    """The parts of a batch: the pairs of a list of pairs, or the batch alone."""
+    several = isinstance(batch, tuple | list) and len(batch) and all(isinstance(part, tuple | list) for part in batch)
+    return list(batch) if several else [batch]  # type: ignore[arg-type, list-item]
+
+
+def shares_of(parts: Sequence[Batch]) -> list[float]:
+    """What part of all examples is in each micro batch."""
+    counts = [len(targets) for _, targets in parts]
+    return [count / sum(counts) for count in counts]
+
+
+def weighted(share: float, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor times a share; the tensors themselves where it is 1."""
+    return list(tensors) if share == 1 else [share * tensor for tensor in tensors]
+
+
+def add(sums: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The sums with another term; the term itself where there are none yet."""
+    return [a + b for a, b in zip(sums, tensors, strict=True)] if sums else tensors
+
+
+def total(losses: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The mean loss of a batch from the shares and the losses of its parts."""
+    first, *rest = [weighted(share, [loss])[0] for share, loss in losses]
+    return sum(rest, first)
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def gradients_of(output: Tensor, parameters: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
@@ -313,6 +639,11 @@ def gradients_of(output: Tensor, parameters: Sequence[Tensor], **options: Any) -
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, allow_unused=True, **options))
     return [next(found) if parameter.requires_grad else None for parameter in parameters]
+
+
+def backward(output: Tensor, parameters: Sequence[Tensor], slope: Tensor | None = None) -> None:
+    """Add to the ``.grad`` of the parameters that require one, and of nothing else."""
+    output.backward(slope, inputs=[parameter for parameter in parameters if parameter.requires_grad])
 
 
 def apply_gradients(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -324,90 +655,69 @@ def apply_gradients(optimizer: Optimizer, parameters: Sequence[Tensor], gradient
         parameter.grad = None
 
 
-def check_early(learned_loss: Tensor, model: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Before θ moves: raise, with the buffers as they were, if the loss is not finite.
+def check_early(learned_loss: Tensor, model: nn.Module) -> None:
+    """Before θ moves: raise if the loss is not finite.
 
     A GPU would have to be waited for; there a loss that is not finite is seen after the step, by ``OnlineLoss``.
     """
     if learned_loss.device.type == "cpu" and not torch.isfinite(learned_loss):
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
         check_finite({"learned loss": learned_loss}, model)
 
 
+CHANGED = "the model changes its parameters in place in its forward pass; do that between the steps"
+
+
 def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
-    """f(x) as in plain training: buffers and random state move on."""
-    random, buffers, parameters = RandomState(model), buffers_of(model), list(model.parameters())
+    """f(x) as in plain training: buffers, attributes and random state move on."""
+    random, buffers, parameters = RandomState(model), Buffers(model), list(model.parameters())
     versions = [parameter._version for parameter in parameters]
     with LayerOutputs(fan_in) as outputs:
-        prediction = forward(model, {}, batch[0], autocast)
+        prediction = forward(model, batch[0], autocast)
     if [parameter._version for parameter in parameters] != versions:
-        raise RuntimeError("the model changes its parameters in place in its forward pass; do that between the steps")
-    return ForwardPass(batch, prediction, buffers, {}, random, RandomState(model), outputs, [])
+        raise ValueError(CHANGED)
+    return ForwardPass(batch, prediction, buffers, random, RandomState(model), outputs)
 
 
-def _meta_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, keep: bool) -> ForwardPass:
-    """f(x) on copies of the buffers; the caller restores the random state."""
-    random, buffers, new_buffers = RandomState(model), buffers_of(model), buffers_of(model)
-    with LayerOutputs(0 if keep else math.inf) as outputs:
-        prediction = forward(model, new_buffers, batch[0], autocast)
-    states = (buffers, new_buffers, random, RandomState(model))
-    return ForwardPass(batch, prediction, *states, outputs, _versions(model, batch) if keep else [])
+def meta_pass(
+    model: nn.Module,
+    buffers: Buffers,
+    batch: Batch,
+    task_loss: Loss,
+    parameters: list[Tensor],
+    autocast: torch.dtype | None,
+    keep: bool = False,
+) -> tuple[ForwardPass, Tensor, list[Tensor]]:
+    """f(x) on copies of the buffers, L_T and its gradient; the caller restores the random state.
+
+    The backward pass is taken before the model has its own buffers back, since a checkpoint passes through it again.
+    """
+    random, new_buffers = RandomState(model), buffers.fresh()
+    with unmarked(model), replaced(model, new_buffers):
+        with LayerOutputs(0 if keep else math.inf) as outputs:
+            prediction = forward(model, batch[0], autocast)
+        attributes = Attributes(model) if keep else None
+        loss = task_loss(prediction, batch[1])
+        options: dict[str, Any] = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
+        v = list(torch.autograd.grad(loss, parameters, **options)) if parameters else []
+    states = (buffers, random, RandomState(model), outputs, new_buffers, attributes)
+    circumstances = _circumstances(model, batch) if keep else []
+    return ForwardPass(batch, prediction, *states, circumstances), loss.detach(), v
 
 
 def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
-    """Let a meta pass count as the training pass: the model's buffers and the random state move on as it left them."""
+    """Let a meta pass count as the training pass: buffers, attributes and the random state move on as it left them."""
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept.new_buffers[name])
+        for buffer in model.buffers():
+            buffer.copy_(kept.new_buffers[id(buffer)])
+    if kept.attributes is not None:
+        kept.attributes.restore()
     if RandomState(model) == kept.random:  # else random numbers were drawn since; do not draw them again
         kept.new_random.restore()
         return kept
     return replace(kept, new_random=RandomState(model))
 
 
-def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the model's buffers, by name."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def _versions(model: nn.Module, batch: Batch) -> list[Any]:
-    """Changes whenever a tensor that a pass depends on is changed in place, or a module its mode."""
+def _circumstances(model: nn.Module, batch: Batch) -> list[Any]:
+    """Changes with every change in place of a tensor that a pass depends on, and of a module's attributes and mode."""
     tensors = [*batch, *model.parameters(), *model.buffers()]
-    return [[(t.data_ptr(), t._version) for t in tensors], [module.training for module in model.modules()]]
-
-
-@contextmanager
-def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Run a block with the modules in eval mode; every layer's own mode is put back."""
-    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-
-
-class RandomState:
-    """The random state of the CPU and of the model's GPU, to come back to."""
-
-    def __init__(self, model: nn.Module):
-        parameters = model.parameters() if torch.cuda.is_initialized() else ()  # else none is on a GPU
-        devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
-        self.cpu = torch.get_rng_state()
-        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def restore(self) -> None:
-        """Bring it back."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether the next random numbers would be the same."""
-        if not isinstance(other, RandomState) or self.cuda.keys() != other.cuda.keys():
-            return False
-        pairs = [(self.cpu, other.cpu), *((self.cuda[device], other.cuda[device]) for device in self.cuda)]
-        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    return [[(id(t), t.data_ptr(), t._version) for t in tensors], Attributes(model)]

@@ -14,15 +14,18 @@ from adalfl_lite.compiled import CompiledStep
 from adalfl_lite.distributed import start_equal
 from adalfl_lite.losses import Loss, task_loss
 from adalfl_lite.metagradient import (
-    Batch,
+    Batches,
     ForwardPass,
     MetaStep,
+    check_model,
+    check_step,
     forward_mode_step,
+    micro_batches,
     shared_forward_step,
-    trained_parameter_names,
     unrolled_step,
 )
-from adalfl_lite.updates import optimizer_parameters
+from adalfl_lite.passes import Undo, optimizer_parameters
+from adalfl_lite.updates import Clipping
 
 ENGINES = ("forward", "shared", "finite-difference", "unrolled")
 
@@ -44,6 +47,9 @@ class OnlineLoss:
         meta_learning_rate: η of the default meta-optimizer; 0 freezes φ. Ignored when ``meta_optimizer`` is given.
         task_loss: L_T(prediction, target); by default the one of ``loss_network.kind``.
         clip_meta_gradient: scale ∇_φ L_T down to this norm where it is longer; None, the default, leaves it.
+        clip_gradient_norm: scale ∇_θ M_φ down to this norm where it is longer, before the optimizer has it, as
+            ``torch.nn.utils.clip_grad_norm_`` does; the meta-gradient goes through it.
+        clip_gradient_value: or clamp its entries to this size, as ``clip_grad_value_`` does.
         engine: "forward" (exact, fast), "shared" (the same, faster where the meta batch is the next training batch),
             "finite-difference" (approximate, faster) or "unrolled" (reference), see :mod:`adalfl_lite.metagradient`.
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
@@ -68,6 +74,8 @@ class OnlineLoss:
         meta_learning_rate: float = META_LEARNING_RATE,
         task_loss: Loss | None = None,
         clip_meta_gradient: float | None = None,
+        clip_gradient_norm: float | None = None,
+        clip_gradient_value: float | None = None,
         engine: str = "forward",
         autocast: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
@@ -77,10 +85,12 @@ class OnlineLoss:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
-        trained_parameter_names(model, optimizer)
+        check_step(model, optimizer, gradients=False)
+        self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         if clip_meta_gradient is not None and not clip_meta_gradient > 0:
             raise ValueError(f"clip_meta_gradient must be positive, or None not to clip; got {clip_meta_gradient}")
-        _check_model(model, engine, autocast)
+        check_model(model)
+        _check_engine(model, engine, autocast)
         _check_loss_network(loss_network, model, meta_optimizer)
         self.model, self.loss_network, self.optimizer = model, loss_network, optimizer
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
@@ -97,66 +107,112 @@ class OnlineLoss:
             if engine != "forward" or process_group is not None:
                 raise ValueError(f"compile={compile!r} needs engine='forward' and no process_group; leave it out")
             arguments = (model, loss_network, optimizer, self.task_loss)
-            self.compiled = CompiledStep(*arguments, mode=compile, autocast=autocast)
+            self.compiled = CompiledStep(*arguments, mode=compile, clipping=self.clipping, autocast=autocast)
 
-    def step(self, batch: Batch, meta_batch: Batch) -> MetaStep:
+    def __getstate__(self) -> dict:
+        """All but the pass that engine "shared" keeps for the next step, whose graph cannot be copied."""
+        return {**vars(self), "_kept": None}
+
+    def step(self, batch: Batches, meta_batch: Batches) -> MetaStep:
         """One update of θ on ``batch``, then one of φ on ``meta_batch``; each is (inputs, targets).
+
+        Either may be a list of such pairs, micro batches: the step is then that on all of them together, each weighted
+        by its length, and takes the memory of one.
 
         With ``engine="shared"``, let ``meta_batch`` be the next training batch, and hand the same two tensors to the
         next call as its ``batch``: their forward pass is then run once instead of twice. Any other batch is right too,
         but saves nothing.
 
+        An exception leaves θ, φ, both optimizers' states, buffers, ``.grad`` and the random state as they were, so that
+        another step, or another engine, can follow as if this one had not been tried.
+
         Raises:
-            FloatingPointError: the learned loss, the task loss or the meta-gradient is not finite. φ is left unchanged,
-                and where it is the learned loss, on the CPU, θ as well; catch it to leave the batch out, or to go back
-                to an earlier :meth:`state_dict`.
-            ValueError: a batch is not what the model and the losses take; φ is left unchanged.
+            FloatingPointError: the learned loss, the task loss or the meta-gradient is not finite; catch it to leave
+                the batch out, or to go back to an earlier :meth:`state_dict`.
+            NotImplementedError: the engine has no right derivative of this model; the message names one that has.
+            ValueError, TypeError: a batch is not what the model and the losses take; or something would change
+                gradients unseen, such as a hook.
         """
-        check_batch(batch, "batch", self.model)
-        check_batch(meta_batch, "meta_batch", self.model)
-        if batch[1].dtype != meta_batch[1].dtype:
-            raise ValueError(
-                f"targets are {batch[1].dtype} in batch, {meta_batch[1].dtype} in meta_batch; give the same"
-            )
-        try:
-            result = self.meta_gradient([batch], meta_batch)
-            self.apply_meta_gradient(result)
-        except FloatingPointError:
-            check_values(batch, "batch")
-            check_values(meta_batch, "meta_batch")
-            raise
+        for name, given in (("batch", batch), ("meta_batch", meta_batch)):
+            for part in micro_batches(given):
+                check_batch(part, name, self.model)
+        dtypes = [micro_batches(given)[0][1].dtype for given in (batch, meta_batch)]
+        if dtypes[0] != dtypes[1]:
+            raise ValueError(f"targets are {dtypes[0]} in batch, {dtypes[1]} in meta_batch; give the same")
+        with Undo(self.model, self.optimizer, self.meta_optimizer):
+            try:
+                result = self.meta_gradient([batch], meta_batch)
+                self.apply_meta_gradient(result)
+            except FloatingPointError:
+                for name, given in (("batch", batch), ("meta_batch", meta_batch)):
+                    for part in micro_batches(given):
+                        check_values(part, name)
+                raise
         return result
 
-    def meta_gradient(self, batches: Sequence[Batch], meta_batch: Batch) -> MetaStep:
-        """Update θ on ``batches`` (one inner step each) and return ∇_φ L_T, leaving φ alone."""
-        arguments = (self.model, self.loss_network, self.optimizer)
+    def meta_gradient(self, batches: Sequence[Batches], meta_batch: Batches) -> MetaStep:
+        """Update θ on ``batches``, one inner step each, and return ∇_φ L_T; φ stays. Errors as in :meth:`step`."""
         if len(batches) != 1 and self.process_group is not None:
             raise ValueError(f"with a process_group one inner step is taken at a time, got {len(batches)} batches")
-        if self.compiled is not None and len(batches) == 1:
-            return self.compiled(batches[0], meta_batch)
-        if self.engine == "unrolled" or len(batches) != 1:
-            return unrolled_step(*arguments, batches, meta_batch, self.task_loss, autocast=self.autocast)
-        if self.engine == "shared":
+        engine = "unrolled" if len(batches) != 1 else self.engine
+        try:
+            return self._taken_by(engine, batches, meta_batch)
+        except NotImplementedError as error:
+            remedy = self._remedy(engine, batches, meta_batch)
+            raise NotImplementedError(f"engine={engine!r} cannot serve this model: {error}; {remedy}") from error
+
+    def _taken_by(self, engine: str, batches: Sequence[Batches], meta_batch: Batches) -> MetaStep:
+        """The step, by the engine of that name."""
+        parts = (self.model, self.loss_network, self.optimizer)
+        clipping, autocast, group = self.clipping, self.autocast, self.process_group
+        if engine == "unrolled":
+            return unrolled_step(*parts, batches, meta_batch, self.task_loss, clipping=clipping, autocast=autocast)
+        (batch,) = batches
+        if self.compiled is not None:
+            return self.compiled(batch, meta_batch)
+        if engine == "shared":
             kept, self._kept = self._kept, None  # not to be used twice, should this step fail
             result, self._kept = shared_forward_step(
-                *arguments,
-                batches[0],
+                *parts,
+                batch,
                 meta_batch,
                 self.task_loss,
                 kept,
-                autocast=self.autocast,
-                process_group=self.process_group,
+                clipping=clipping,
+                autocast=autocast,
+                process_group=group,
             )
             return result
         return forward_mode_step(
-            *arguments,
-            batches[0],
+            *parts,
+            batch,
             meta_batch,
             self.task_loss,
-            finite_difference=self.engine == "finite-difference",
-            autocast=self.autocast,
-            process_group=self.process_group,
+            finite_difference=engine == "finite-difference",
+            clipping=clipping,
+            autocast=autocast,
+            process_group=group,
         )
+
+    def _remedy(self, failed: str, batches: Sequence[Batches], meta_batch: Batches) -> str:
+        """What to do about a step that ``failed`` cannot take: another engine, if one has just been seen to take it."""
+        if self.process_group is None and len(batches) == 1:
+            for name in ("forward", "unrolled", "finite-difference"):
+                if name != failed and self._serves(name, batches, meta_batch):
+                    approximate = ", which is approximate" * (name == "finite-difference")
+                    return f"engine={name!r} can{approximate}"
+        return "no engine can; replace that part of the model by one that torch can differentiate"
+
+    def _serves(self, name: str, batches: Sequence[Batches], meta_batch: Batches) -> bool:
+        """Whether an engine can take this step; it is undone."""
+        try:
+            with Undo(self.model, self.optimizer):
+                self._taken_by(name, batches, meta_batch)
+                raise _Undone
+        except _Undone:
+            return True
+        except (NotImplementedError, RuntimeError, ValueError, TypeError):
+            return False
 
     def apply_meta_gradient(self, result: MetaStep) -> None:
         """One step of the meta-optimizer with ``result.meta_gradient``, checked to be finite, and clipped if so wished.
@@ -195,6 +251,10 @@ class OnlineLoss:
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
 
 
+class _Undone(Exception):
+    """Raised to undo a step that was taken on trial."""
+
+
 def default_task_loss(loss_network: nn.Module) -> Loss:
     """L_T for the network's ``kind``; ``ValueError`` if it has none."""
     kind = getattr(loss_network, "kind", None)
@@ -203,13 +263,10 @@ def default_task_loss(loss_network: nn.Module) -> Loss:
     return task_loss(kind)
 
 
-def _check_model(model: nn.Module, engine: str, autocast: torch.dtype | None) -> None:
-    """What would end in an error of torch's, or in a wrong number, within the first step."""
+def _check_engine(model: nn.Module, engine: str, autocast: torch.dtype | None) -> None:
+    """What would end in an error of torch's within the first step."""
     if engine == "unrolled" and hasattr(model, "_orig_mod"):
         raise ValueError("a compiled model has no double backward; use engine='forward', or do not compile it")
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False):
-            raise ValueError(f"the layer {name!r} gives sparse gradients, which have no derivative; use sparse=False")
     if autocast is not None and not autocast.is_floating_point:
         raise ValueError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast}")
 

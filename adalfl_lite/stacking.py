@@ -18,12 +18,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 from torch.optim import Optimizer
 
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.losses import LossNetwork
-from adalfl_lite.updates import RULES, update_pullback
+from adalfl_lite.metagradient import apply_gradients, check_model
+from adalfl_lite.passes import Undo, differentiable_kernels, replaced
+from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
+from adalfl_lite.updates import RULES, changes_gradients, check_no_hooks, update_pullback
 
 
 class Stack:
@@ -32,7 +35,6 @@ class Stack:
     def __init__(self, models: Sequence[nn.Module]):
         self.models = list(models)
         self.model = copy.deepcopy(models[0]).train()
-        self.names = [name for name, _ in self.model.named_parameters()]
         rows = zip(*(model.parameters() for model in models), strict=True)
         self.parameters = [torch.stack([p.detach() for p in row]).requires_grad_() for row in rows]
         buffers = [dict(model.named_buffers()) for model in models]
@@ -40,11 +42,14 @@ class Stack:
 
     def __call__(self, parameters: Sequence[Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """(S, B, C) for inputs (S, B, ...); ``buffers`` are updated in place, as in train mode."""
+        own = list(self.model.parameters()), [dict(self.model.named_buffers())[name] for name in buffers]
 
-        def one(theta: dict[str, Tensor], state: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self.model, {**theta, **state}, (x,))
+        def one(theta: list[Tensor], state: list[Tensor], x: Tensor) -> Tensor:
+            pairs = zip((*own[0], *own[1]), (*theta, *state), strict=True)
+            with replaced(self.model, {id(tensor): new for tensor, new in pairs}):
+                return self.model(x)
 
-        return vmap(one)(dict(zip(self.names, parameters, strict=True)), buffers, inputs)
+        return vmap(one)(list(parameters), list(buffers.values()), inputs)
 
     def state_dict(self) -> dict:
         """θ and the buffers, stacked."""
@@ -152,21 +157,42 @@ def stacked_step(
         stack, loss, optimizer: θ, φ (None: the task loss) and the optimizer of ``stack.parameters``; φ is left alone.
         kind: of the task loss.
         batch, meta_batch: inputs (S, B, ...) and targets (S, B) or (S, B, K).
+
+    Raises:
+        NotImplementedError: the models have no right forward-mode derivative as a stack; all is as it was.
     """
+    buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
+    with Undo(stack.model, optimizer) as undo:
+        try:
+            return _stacked_step(stack, loss, optimizer, kind, batch, meta_batch, undo.before, buffers)
+        except BaseException:
+            for name, buffer in stack.buffers.items():
+                buffer.copy_(buffers[name])
+            raise
+
+
+def _stacked_step(
+    stack: Stack,
+    loss: StackedLoss | None,
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    batch: tuple[Tensor, Tensor],
+    meta_batch: tuple[Tensor, Tensor] | None,
+    before: list[Tensor],
+    buffers: dict[str, Tensor],
+) -> StackedStep:
+    """The step, with copies of θ and the buffers as they are before it."""
     inputs, targets = batch
-    before = [p.detach().clone() for p in stack.parameters] if meta_batch else []
-    buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()} if meta_batch else {}
     prediction = stack(stack.parameters, stack.buffers, inputs)
     if loss is None:
         learned = task_losses(kind, prediction, targets)
         gradients = torch.autograd.grad(learned.sum(), stack.parameters)
     else:
-        learned, output_gradient, derivative = loss.derivatives(prediction.detach(), targets)
-        gradients = torch.autograd.grad(prediction, stack.parameters, output_gradient)
+        learned, slope, derivative = loss.derivatives(prediction.detach(), targets)
+        gradients = torch.autograd.grad(prediction, stack.parameters, slope)
     pullback = update_pullback(optimizer, gradients) if meta_batch else None
-    for parameter, gradient in zip(stack.parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
+    given = [g.clone() for g in gradients] if changes_gradients(optimizer) else gradients
+    apply_gradients(optimizer, stack.parameters, given)
     learned = learned.detach()
     if loss is None or meta_batch is None or pullback is None:
         return StackedStep(learned, learned, None)
@@ -178,9 +204,11 @@ def stacked_step(
     def output(*theta: Tensor) -> Tensor:
         return stack(theta, {name: buffer.clone() for name, buffer in buffers.items()}, inputs)
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), differentiable_kernels(stack.model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
         tangent = jvp(output, tuple(before), tuple(w))[1]
+    along, bound = inner_product(slope, tangent), slope.norm() * tangent.norm()
+    check_agreement(gradients, w, along, bound, tolerance=tolerance_of(prediction.dtype))
     return StackedStep(learned, task.detach(), derivative(tangent))
 
 
@@ -216,6 +244,9 @@ def check_stackable(models: Sequence[nn.Module], losses: Sequence[nn.Module]) ->
         ]
         if any(other != shapes[0] for other in shapes[1:]):
             raise ValueError(f"the {name} differ in parameters, dtype or device; all must be of one architecture")
+    for model in models:
+        check_model(model)
+        check_no_hooks(torch.optim.SGD(model.parameters()))
     for module in models[0].modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError("dropout draws other numbers in a stack than alone; train such models with fit")

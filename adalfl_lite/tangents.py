@@ -4,6 +4,10 @@
 z = Wx a layer computes ż = Wẋ + Ẇx, and z again unless :class:`LayerOutputs` kept it from an earlier pass over the same
 batch: the pass costs between two and three forward passes.
 :func:`finite_difference_tangent` is approximate: one more forward pass, at θ + εw.
+
+The J_f that is wanted is the one by which the model's backward pass multiplies. Where the model holds something
+constant under ``torch.no_grad`` the two would differ, for forward mode knows no such thing: :class:`_Rules` teaches it.
+Any other difference shows in :func:`check_agreement`.
 """
 
 from __future__ import annotations
@@ -11,22 +15,25 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
-from adalfl_lite.checks import check_output
+from adalfl_lite.passes import Replacements, differentiable_kernels, forward, replaced, unmarked
 
-Tangents = Mapping[str, tuple[Tensor, Tensor]]
-"""Parameter name -> (θ, w)."""
+Tangents = Mapping[int, tuple[Tensor, Tensor]]
+"""id of a parameter -> (θ, w)."""
 
 LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+FINITE_DIFFERENCE_ERROR = 0.05
+"""How far :func:`finite_difference_tangent` may miss the identity of :func:`check_agreement`."""
 
 
 class LayerOutputs(TorchFunctionMode):
@@ -45,6 +52,8 @@ class LayerOutputs(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The function's output; that of a layer is kept."""
+        if func in EMBEDDINGS:
+            check_embedding(func.__name__, kwargs or {})
         output = func(*args, **(kwargs or {}))
         if func in LAYERS:
             worth = _weight(*args, **(kwargs or {}))[0].numel() >= self.fan_in
@@ -61,18 +70,28 @@ def _weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
     return weight
 
 
-def forward(model: nn.Module, replaced: dict[str, Tensor], inputs: Tensor, autocast: torch.dtype | None) -> Tensor:
-    """f(x) with some parameters or buffers replaced; in-place changes to replaced buffers are discarded with them."""
-    if autocast is None:
-        return check_output(functional_call(model, replaced, (inputs,)) if replaced else model(inputs))
-    device_type = next(model.parameters()).device.type
-    with torch.autocast(device_type, dtype=autocast, cache_enabled=False):
-        return check_output(functional_call(model, replaced, (inputs,))).float()
+EMBEDDINGS = (F.embedding, F.embedding_bag)
+
+
+def check_embedding(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for what an embedding does beside looking up rows: none of it has a right derivative."""
+    if options.get("sparse"):
+        raise ValueError(f"the layer {name!r} gives sparse gradients, which have no derivative; use sparse=False")
+    if options.get("scale_grad_by_freq"):
+        raise ValueError(
+            f"the layer {name!r} scales its gradients by frequency, which no derivative sees; use"
+            " scale_grad_by_freq=False"
+        )
+    if options.get("max_norm") is not None:
+        raise ValueError(
+            f"the layer {name!r} shortens its rows in place as it looks them up; use max_norm=None, and"
+            " weight.data.renorm_ between the steps"
+        )
 
 
 def output_tangent(
     model: nn.Module,
-    state: dict[str, Tensor],
+    state: Replacements,
     tangents: Tangents,
     inputs: Tensor,
     autocast: torch.dtype | None,
@@ -81,8 +100,8 @@ def output_tangent(
     """u = J_f(θ) w, (B, C), by forward-mode differentiation; None if the output does not depend on θ.
 
     Args:
-        model: f.
-        state: values for the other parameters and for the buffers; the model's own are left alone.
+        model: f; neither its parameters nor its buffers and attributes change.
+        state: values for the other parameters and for the buffers, where they are not the model's own.
         tangents: θ and w.
         inputs: x.
         autocast: dtype for the pass.
@@ -91,23 +110,29 @@ def output_tangent(
     Raises:
         NotImplementedError: an operation of the model has no forward-mode derivative.
     """
-    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+    # Nothing requires a gradient, so no graph is built; but gradients are on, and so where they are off it is the model
+    # that has switched them off.
+    fixed = {id(parameter): parameter.detach() for parameter in model.parameters()}
+    rules = _Rules(outputs or LayerOutputs(math.inf))
+    with torch.enable_grad(), forward_ad.dual_level(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
-        duals = {name: forward_ad.make_dual(theta, w) for name, (theta, w) in tangents.items()}
-        try:
-            with _Rules(outputs or LayerOutputs(math.inf)):
-                output = forward(model, {**state, **duals}, inputs, autocast)
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"this model uses an operation without a forward-mode derivative ({error}); use engine='unrolled'"
-            ) from error
-        return forward_ad.unpack_dual(output).tangent
+        duals = {key: forward_ad.make_dual(theta, w) for key, (theta, w) in tangents.items()}
+        with unmarked(model), replaced(model, {**fixed, **state, **duals}), differentiable_kernels(model):
+            try:
+                with rules:
+                    output = forward(model, inputs, autocast)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:  # the latter from hooks on activations
+                raise NotImplementedError(f"this model cannot be differentiated in forward mode: {error}") from error
+        tangent = forward_ad.unpack_dual(output).tangent
+    return None if tangent is None else tangent.detach()
 
 
 @torch.no_grad()
 def finite_difference_tangent(
     model: nn.Module,
-    state: dict[str, Tensor],
+    state: Replacements,
     tangents: Tangents,
     inputs: Tensor,
     autocast: torch.dtype | None,
@@ -124,12 +149,61 @@ def finite_difference_tangent(
         return torch.zeros_like(prediction)
     precision = torch.finfo(autocast or prediction.dtype).eps
     epsilon = 0.1 * precision**0.5 * (1 + torch.stack(theta).norm()) / length
-    moved = {name: theta + epsilon * w for name, (theta, w) in tangents.items()}
-    return (forward(model, {**state, **moved}, inputs, autocast) - prediction) / epsilon
+    moved = {key: theta + epsilon * w for key, (theta, w) in tangents.items()}
+    with unmarked(model), replaced(model, {**state, **moved}):
+        return (forward(model, inputs, autocast) - prediction) / epsilon
+
+
+def check_agreement(
+    gradients: Sequence[Tensor],
+    w: Sequence[Tensor],
+    along: Tensor,
+    bound: Tensor,
+    *,
+    tolerance: float,
+) -> None:
+    """Raise ``NotImplementedError`` unless ⟨g, w⟩ = ⟨∂M/∂f, u⟩: both are the derivative of M along w.
+
+    The left side knows the model by its backward pass, the right side by u. They differ where the model's backward pass
+    is not the transpose of its derivative as u has it: straight-through and reversal functions, hooks on activations,
+    gradients scaled by hand.
+
+    Args:
+        gradients: g = ∇_θ M, by a backward pass.
+        w: a direction in parameter space.
+        along: ⟨∂M/∂f, u⟩, a scalar.
+        bound: ‖∂M/∂f‖ ‖u‖, a scalar.
+        tolerance: relative to Σ_i ‖g_i‖ ‖w_i‖ over the tensors i, plus ``bound``.
+    """
+    if not gradients:
+        return
+    ours = sum(inner_product(a, b) for a, b in zip(gradients, w, strict=True))
+    lengths = [torch.stack(torch._foreach_norm(list(tensors))).to(along.dtype) for tensors in (gradients, w)]
+    difference, scale = torch.stack([(ours - along).abs(), lengths[0] @ lengths[1] + bound]).tolist()
+    if difference > tolerance * scale:  # not where either is NaN: that is said elsewhere
+        raise NotImplementedError(
+            f"the model's backward pass and its derivative disagree (along the same direction they differ by"
+            f" {difference:.3g} in {scale:.3g}): it has a hook on an activation, an operation with a gradient of its"
+            " own, or draws other random numbers in each pass"
+        )
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two tensors of one shape, of real numbers or of complex ones as pairs of real numbers; a scalar."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def tolerance_of(*dtypes: torch.dtype) -> float:
+    """Of :func:`check_agreement`, for passes of this precision: the root of the machine precision."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
 
 class _Rules(TorchFunctionMode):
-    """Cheaper tangents than those that torch derives, of linear and convolution layers and of F.batch_norm."""
+    """Constants where the model has switched gradients off; and cheaper tangents of layers and F.batch_norm."""
 
     def __init__(self, outputs: LayerOutputs) -> None:
         super().__init__()
@@ -138,11 +212,27 @@ class _Rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not torch.is_grad_enabled():
+            output = self.outputs.take() if func in LAYERS else None  # is constant itself, and kept in its order
+            return _constant(func, args, kwargs or {}) if output is None else output
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         if func in LAYERS:
             return _layer(func, self.outputs.take(), *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _constant(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a function gives of numbers without their tangents; a tensor that it changes in place keeps its own."""
+    values: dict[int, Tensor] = {}
+
+    def value(tensor: Tensor) -> Tensor:
+        primal = forward_ad.unpack_dual(tensor).primal
+        values[id(primal)] = tensor
+        return primal
+
+    output = func(*tree_map_only(Tensor, value, args), **tree_map_only(Tensor, value, kwargs))
+    return values.get(id(output), output)
 
 
 def _layer(

@@ -4,30 +4,36 @@ The base model itself is always updated by the user's own ``torch.optim`` optimi
 derivative of that update with respect to the gradient it was given. SGD, Adam and AdamW are written here as pure
 functions (torch's own differentiable SGD detaches its first momentum buffer, and so loses part of the derivative);
 any other optimizer that accepts ``differentiable=True`` is differentiated through its own step on copies.
+
+Complex parameters are pairs of real ones, as torch's optimizers view them.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizers
+
+from adalfl_lite.passes import optimizer_parameters
 
 Gradients = Sequence[Tensor | None]
 Pullback = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of ``optimizer``, in the order of its groups. Gradients here are always given in this order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def check_differentiable(optimizer: Optimizer) -> None:
-    """Raise ``TypeError`` unless ``optimizer``'s update can be differentiated (its groups know ``differentiable``)."""
+    """Raise ``TypeError`` unless ``optimizer``'s update can be differentiated.
+
+    Its groups must know ``differentiable``, and its ``step`` must be torch's own: what a subclass does beside it, such
+    as clipping or projecting, would change θ unseen by the derivative.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if any("differentiable" not in group for group in optimizer.param_groups):
@@ -35,6 +41,126 @@ def check_differentiable(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} has no differentiable update; use one whose constructor accepts "
             "differentiable=True, such as torch.optim.SGD, Adam, AdamW, RMSprop or Adagrad"
         )
+    check_own_step(optimizer)
+
+
+def check_own_step(optimizer: Optimizer) -> None:
+    """Raise ``TypeError`` unless ``optimizer.step`` is torch's own."""
+    step = inspect.unwrap(optimizer.step)  # a learning rate scheduler wraps it
+    if not step.__module__.startswith("torch.optim."):
+        raise TypeError(
+            f"{type(optimizer).__name__} has a step() of its own, {step.__qualname__}, whose derivative is not known;"
+            " use an optimizer of torch.optim, and do the rest between the steps"
+        )
+
+
+def check_no_gradient(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` if a parameter has a ``.grad``, to which ``loss.backward()`` would add."""
+    for parameter in optimizer_parameters(optimizer):
+        if parameter.grad is not None:
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} has a .grad already, which this step would not add to;"
+                " call optimizer.zero_grad() before. To accumulate over micro batches, give step() a list of them"
+            )
+
+
+def check_no_hooks(optimizer: Optimizer, parameters: bool = True) -> None:
+    """Raise ``ValueError`` for hooks that would change gradients or weights unseen by the derivative.
+
+    Args:
+        optimizer: may have none of its own, and there may be none on all optimizers.
+        parameters: look at its parameters too.
+    """
+    for parameter in optimizer_parameters(optimizer) if parameters else ():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} has a gradient hook, which the meta-gradient would not"
+                " see; remove() it. To clip, use clip_gradient_norm= or clip_gradient_value="
+            )
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    everywhere = (torch_optimizers._global_optimizer_pre_hooks, torch_optimizers._global_optimizer_post_hooks)
+    if any(hooks) or any(everywhere):
+        raise ValueError(
+            "the optimizer has a step hook, which the meta-gradient would not see; remove() it. To clip, use"
+            " clip_gradient_norm= or clip_gradient_value=; what changes weights, do between the steps"
+        )
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What is done to the gradient before the optimizer has it: nothing, or one of torch's two ways of clipping.
+
+    With c = ``norm`` and n the length of the whole gradient, g ← g · min(1, c / (n + 1e-6)), as
+    ``torch.nn.utils.clip_grad_norm_``; or each entry is clamped to [−``value``, ``value``], as ``clip_grad_value_``.
+
+    Raises:
+        ValueError: a bound that is not positive, or both.
+    """
+
+    norm: float | None = None
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        for name, bound in (("clip_gradient_norm", self.norm), ("clip_gradient_value", self.value)):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name} must be positive, or None not to clip; got {bound}")
+        if self.norm is not None and self.value is not None:
+            raise ValueError("clip_gradient_norm and clip_gradient_value exclude each other; give one of them")
+
+    def __call__(self, gradients: Gradients) -> list[Tensor | None]:
+        """The clipped gradients, differentiable where the given ones carry a graph."""
+        if self.value is not None:
+            return [None if g is None else torch.clamp(g, -self.value, self.value) for g in gradients]
+        if self.norm is not None and (given := [g for g in gradients if g is not None]):
+            factor, _ = self._factor(given)
+            return [None if g is None else factor.to(g.dtype) * g for g in gradients]
+        return list(gradients)
+
+    def pullback(self, gradients: Sequence[Tensor]) -> Pullback:
+        """The linear map w ↦ (∂ clipped/∂g)ᵀ w at these gradients."""
+        if self.value is not None:
+            inside = [g.abs() <= self.value for g in gradients]
+            return lambda vectors: [torch.where(i, w, 0) for i, w in zip(inside, vectors, strict=True)]
+        if self.norm is None:
+            return list
+        # of c g / (n + ε):  w ↦ c / (n + ε) · (w − ⟨g, w⟩ / (n (n + ε)) · g)
+        factor, length = self._factor(gradients)
+        inward = torch.where(factor < 1, 1 / (length * (length + NORM_EPSILON)), 0.0)
+
+        def pull(vectors: Sequence[Tensor]) -> list[Tensor]:
+            along = sum((_real(g) * _real(w)).sum() for g, w in zip(gradients, vectors, strict=True)) * inward
+            return [(factor * (w - along * g)).to(w.dtype) for g, w in zip(gradients, vectors, strict=True)]
+
+        return pull
+
+    @staticmethod
+    def _length(gradients: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _factor(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.norm is not None  # noqa: S101  (for the type checker)
+        length = self._length(gradients)
+        return torch.clamp(self.norm / (length + NORM_EPSILON), max=1.0), length
+
+
+NORM_EPSILON = 1e-6
+"""Of ``torch.nn.utils.clip_grad_norm_``."""
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, a real one as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _like(tensor: Tensor, original: Tensor) -> Tensor:
+    """The inverse of :func:`_real`."""
+    return torch.view_as_complex(tensor.contiguous()) if original.is_complex() else tensor
+
+
+def changes_gradients(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step()`` may change the gradients it is given: torch's foreach SGD does, for Nesterov."""
+    return any(group.get("nesterov") for group in optimizer.param_groups)
 
 
 def functional_update(
@@ -50,21 +176,27 @@ def functional_update(
 
     Returns:
         θ' and the new state, differentiable with respect to ``parameters``, ``gradients`` and ``state``.
-        Where a gradient entry is exactly zero its derivative is taken as zero: such an entry belongs to a parameter
-        the batch does not reach, and Adam's √v̂ would turn it into NaN.
+        Adam's derivative is taken as zero at an entry that has never had a gradient, and that of any other optimizer
+        but SGD at an entry whose gradient is exactly zero now: it belongs to a parameter that the batch does not reach,
+        and a square root there would turn it into NaN.
     """
     if state is None:
         state = [_copied(optimizer.state.get(parameter, {})) for parameter in optimizer_parameters(optimizer)]
-    safe = [None if g is None else torch.where(g != 0, g, torch.zeros_like(g)) for g in gradients]
     rule = RULES.get(type(optimizer))
     if rule is None:
+        safe = [None if g is None else torch.where(g != 0, g, torch.zeros_like(g)) for g in gradients]
         return _update_of_twin(optimizer, parameters, safe, state)
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
-    results = [
-        (parameter, entries) if gradient is None else rule(parameter, gradient, entries, group)
-        for parameter, gradient, entries, group in zip(parameters, safe, state, groups, strict=True)
-    ]
-    return [new for new, _ in results], [entries for _, entries in results]
+    new_parameters, new_state = [], []
+    for parameter, gradient, entries, group in zip(parameters, gradients, state, groups, strict=True):
+        if gradient is None:
+            new, new_entries = parameter, entries
+        else:
+            new, new_entries = rule(_real(parameter), _real(gradient), _real_entries(entries), group)
+            new = _like(new, parameter)
+        new_parameters.append(new)
+        new_state.append(new_entries)
+    return new_parameters, new_state
 
 
 def _sgd(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tuple[Tensor, dict]:
@@ -94,7 +226,10 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tupl
     if group["amsgrad"]:
         second = torch.maximum(second, state.get("max_exp_avg_sq", torch.zeros_like(second)))
         new["max_exp_avg_sq"] = second
-    denominator = (second / (1 - beta2**time)).sqrt() + group["eps"]
+    reached = second > 0  # else the entry has never had a gradient: its derivative is taken as zero, not as α/ε
+    first = torch.where(reached, first, first.detach())
+    root = torch.where(reached, (torch.where(reached, second, 1.0) / (1 - beta2**time)).sqrt(), 0.0)
+    denominator = root + group["eps"]
     return parameter - group["lr"] / (1 - beta1**time) * first / denominator, new
 
 
@@ -127,6 +262,10 @@ def _update_of_twin(
     return clones, [twin.state.get(clone, {}) for clone in clones]
 
 
+def _real_entries(entries: dict) -> dict:
+    return {name: _real(value) if isinstance(value, Tensor) else value for name, value in entries.items()}
+
+
 def _copied(entries: dict) -> dict:
     """The optimizer changes its state in place; a graph must not see that."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in entries.items()}
@@ -135,35 +274,64 @@ def _copied(entries: dict) -> dict:
 def update_pullback(optimizer: Optimizer, gradients: Gradients) -> Pullback:
     """The linear map v ↦ (∂U/∂g)ᵀ v at the current parameters and state. Call it before ``optimizer.step()``.
 
-    For SGD with learning rate α, momentum μ and dampening d the update is linear in g, so the map is multiplication by
-    −α (1 − d), with Nesterov −α (1 + μ (1 − d)); on the very first step torch sets the buffer to g itself, so d = 0.
-    Any other optimizer is differentiated through :func:`functional_update`.
+    The updates of SGD, Adam and AdamW treat every entry alike, so the map is a multiplication, entry by entry. Any
+    other optimizer is differentiated through :func:`functional_update`.
 
     Returns:
         A function of one tensor per parameter that was given a gradient, returning as many tensors of those shapes.
     """
-    if type(optimizer) is torch.optim.SGD:
-        factors = []
-        index = 0
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if gradients[index] is not None:
-                    factors.append(
-                        _sgd_factor(group, first=optimizer.state.get(parameter, {}).get("momentum_buffer") is None)
-                    )
-                index += 1
-        return lambda vectors: [factor * vector for factor, vector in zip(factors, vectors, strict=True)]
+    slope = SLOPES.get(type(optimizer))
+    parameters = optimizer_parameters(optimizer)
+    if slope is not None:
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        factors = [
+            slope(_real(p.detach()), _real(g.detach()), _real_entries(optimizer.state.get(p, {})), group)
+            for p, g, group in zip(parameters, gradients, groups, strict=True)
+            if g is not None
+        ]
+        return lambda vectors: [
+            _like(factor * _real(vector), vector) for factor, vector in zip(factors, vectors, strict=True)
+        ]
 
     leaves = [None if g is None else g.detach().requires_grad_(True) for g in gradients]
-    detached = [parameter.detach() for parameter in optimizer_parameters(optimizer)]
-    updated, _ = functional_update(optimizer, detached, leaves)
+    updated, _ = functional_update(optimizer, [parameter.detach() for parameter in parameters], leaves)
     outputs = [new for new, leaf in zip(updated, leaves, strict=True) if leaf is not None]
     inputs = [leaf for leaf in leaves if leaf is not None]
     return lambda vectors: list(torch.autograd.grad(outputs, inputs, list(vectors)))
 
 
-def _sgd_factor(group: dict, first: bool) -> float | Tensor:
+def _sgd_slope(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> float | Tensor:
+    """∂θ'/∂g = −α (1 − d), with Nesterov −α (1 + μ (1 − d)); at the first step torch's buffer is g itself, so d = 0."""
     momentum = group["momentum"]
+    first = state.get("momentum_buffer") is None
     kept = 1.0 if momentum == 0 or first else 1.0 - group["dampening"]
     factor = 1.0 + momentum * kept if group["nesterov"] else kept
     return -group["lr"] * factor if not group["maximize"] else group["lr"] * factor
+
+
+def _adam_slope(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
+    """∂θ'/∂g of :func:`_adam`, with m, s its moments after the step, r = √(s/(1 − β₂ᵗ)) and D = r + ε:
+
+    −α/(1 − β₁ᵗ) · [ (1 − β₁)/D − m (1 − β₂) g / ((1 − β₂ᵗ) r D²) ]
+    """
+    beta1, beta2 = group["betas"]
+    time = float(state.get("step", 0)) + 1
+    unbiased1, unbiased2 = 1 - beta1**time, 1 - beta2**time
+    g = -gradient if group["maximize"] else gradient
+    if not group.get("decoupled_weight_decay", False):
+        g = g + group["weight_decay"] * parameter
+    first = beta1 * state.get("exp_avg", 0) + (1 - beta1) * g
+    second = beta2 * state.get("exp_avg_sq", 0) + (1 - beta2) * g**2
+    moves = second > 0
+    if group["amsgrad"]:
+        largest = state.get("max_exp_avg_sq", torch.zeros_like(second))
+        moves = moves & (second > largest)  # the denominator follows s only where that is the largest so far
+        second = torch.maximum(second, largest)
+    root = (second / unbiased2).sqrt()
+    denominator = root + group["eps"]
+    bending = torch.where(moves, first * (1 - beta2) * g / (unbiased2 * root * denominator**2), 0.0)
+    slope = -group["lr"] / unbiased1 * torch.where(second > 0, (1 - beta1) / denominator - bending, 0.0)
+    return -slope if group["maximize"] else slope
+
+
+SLOPES = {torch.optim.SGD: _sgd_slope, torch.optim.Adam: _adam_slope, torch.optim.AdamW: _adam_slope}

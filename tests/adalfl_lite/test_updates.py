@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from adalfl_lite.updates import check_differentiable, functional_update, optimizer_parameters, update_pullback
+from adalfl_lite.passes import optimizer_parameters
+from adalfl_lite.updates import check_differentiable, functional_update, update_pullback
 
 EXACT = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),

@@ -1,0 +1,277 @@
+"""Passes over a model: with other tensors in the place of its own, in another mode, and back to where it was.
+
+Every other module calls a model through :func:`replaced` and :func:`forward`, so that no pass leaves a trace in the
+model that was not asked for, and every step of training runs inside an :class:`Undo`, so that it is taken as a whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from adalfl_lite.checks import check_output
+
+LOCK = threading.RLock()
+"""Held by each step: forward mode, the random state and the choice of kernels belong to the whole process, so that
+learners in several threads take turns."""
+
+Replacements = Mapping[int, Tensor]
+"""id of a parameter or buffer of a model -> the tensor to use in its place."""
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Replacements) -> Iterator[None]:
+    """Run a block with other tensors in the place of the model's own parameters and buffers.
+
+    What is replaced is the tensor, not a name: a parameter that has several names, or a module that is used several
+    times, gets the same replacement everywhere. Afterwards each slot holds the very object that it held before, also
+    if the model's forward pass has put another one there.
+    """
+    stores: list[dict[str, Any]] = [store for m in model.modules() for store in (m._parameters, m._buffers) if store]
+    slots = [(store, name, tensor) for store in stores for name, tensor in store.items() if tensor is not None]
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in recurrent]
+    try:
+        for store, name, tensor in slots:
+            if id(tensor) in tensors:
+                store[name] = tensors[id(tensor)]
+        yield
+    finally:
+        for store, name, tensor in slots:
+            store[name] = tensor
+        for m, weights, references in lists:  # a recurrent layer remembers the tensors of its last pass
+            m._flat_weights, m._flat_weight_refs = weights, references
+
+
+@contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Run a block of passes and put back what they leave in the attributes of modules: feature maps kept, counters."""
+    saved = Attributes(model)
+    try:
+        yield
+    finally:
+        saved.restore()
+
+
+class Attributes:
+    """The attributes of every module, each as the object it is; not its parameters, buffers and submodules."""
+
+    def __init__(self, model: nn.Module):
+        self.values = [(vars(module), vars(module).copy()) for module in model.modules()]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they are the same objects."""
+        if not isinstance(other, Attributes) or len(self.values) != len(other.values):
+            return False
+        pairs = ((ours, theirs) for (_, ours), (_, theirs) in zip(self.values, other.values, strict=True))
+        return all(a.keys() == b.keys() and all(a[name] is b[name] for name in a) for a, b in pairs)
+
+    def restore(self) -> None:
+        """Bring them back."""
+        for current, saved in self.values:
+            if len(current) != len(saved) or any(current.get(name, self) is not saved[name] for name in saved):
+                current.clear()
+                current.update(saved)
+
+
+class RandomState:
+    """The random state of the CPU and of the model's GPU, to come back to."""
+
+    def __init__(self, model: nn.Module):
+        parameters = model.parameters() if torch.cuda.is_initialized() else ()  # else none is on a GPU
+        devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
+        self.cpu = torch.get_rng_state()
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """Bring it back."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the next random numbers would be the same."""
+        if not isinstance(other, RandomState) or self.cuda.keys() != other.cuda.keys():
+            return False
+        pairs = [(self.cpu, other.cpu), *((self.cuda[device], other.cuda[device]) for device in self.cuda)]
+        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+class Buffers:
+    """Copies of a model's buffers."""
+
+    def __init__(self, model: nn.Module):
+        self.copies = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def fresh(self) -> dict[int, Tensor]:
+        """Copies of the copies, to be used in the place of the buffers."""
+        return {id(buffer): copy.clone() for buffer, copy in self.copies}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the buffers these values."""
+        for buffer, copy in self.copies:
+            buffer.copy_(copy)
+
+
+class Undo:
+    """Around a step of training: an exception inside leaves everything as it was before, and goes on.
+
+    Everything is the model's parameters that the optimizer holds and their ``.grad``, the model's buffers and the
+    attributes of its modules, the optimizers' states and settings, the parameters of the second optimizer, and the
+    random state. A step that fails can be taken again, by the same engine or another, with the same result as at first.
+
+    Args:
+        model: what is trained.
+        optimizers: of its parameters, and of what is meta-learned beside it.
+    """
+
+    def __init__(self, model: nn.Module, *optimizers: Optimizer):
+        self.model, self.optimizers = model, optimizers
+        self.before: list[Tensor] = []
+        """θ before the step: copies of the first optimizer's parameters, in its order."""
+        self._depth = 0
+
+    def __enter__(self) -> Undo:
+        """Hold the lock and note where everything is; inside another use of the same object, do nothing."""
+        LOCK.acquire()
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        try:
+            self.parameters = [optimizer_parameters(optimizer) for optimizer in self.optimizers]
+            self.copies = [clones(parameters) for parameters in self.parameters]
+            self.before = self.copies[0]
+            self.gradients = [[p.grad for p in parameters] for parameters in self.parameters]
+            self.settings = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+            self.states = [_copied_state(optimizer) for optimizer in self.optimizers]
+            self.buffers, self.attributes = Buffers(self.model), Attributes(self.model)
+            self.stores = [(m._buffers, dict(m._buffers)) for m in self.model.modules() if m._buffers]
+            self.random = RandomState(self.model)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Go back if the block has failed."""
+        try:
+            if kind is not None:
+                self._restore()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        LOCK.release()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for parameters, copies, gradients in zip(self.parameters, self.copies, self.gradients, strict=True):
+            for parameter, copy, gradient in zip(parameters, copies, gradients, strict=True):
+                parameter.copy_(copy)
+                parameter.grad = gradient
+        for optimizer, settings, state in zip(self.optimizers, self.settings, self.states, strict=True):
+            for group, saved in zip(optimizer.param_groups, settings, strict=True):
+                group.update(saved)
+            optimizer.state.clear()
+            optimizer.state.update({parameter: _copied(entries) for parameter, entries in state})
+        self.attributes.restore()
+        for store, saved_buffers in self.stores:
+            store.update(saved_buffers)
+        self.buffers.restore()
+        self.random.restore()
+
+
+def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of ``optimizer``, in the order of its groups. Gradients here are always given in this order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies without a graph."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _copied_state(optimizer: Optimizer) -> list[tuple[Tensor, dict]]:
+    return [(parameter, _copied(entries)) for parameter, entries in optimizer.state.items()]
+
+
+def _copied(entries: Any) -> Any:
+    if isinstance(entries, dict):
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in entries.items()}
+    return entries
+
+
+def forward(
+    model: nn.Module, inputs: Tensor, autocast: torch.dtype | None, named: dict[str, Tensor] | None = None
+) -> Tensor:
+    """f(x), in float32 where ``autocast`` is given; ``TypeError`` unless it is a tensor.
+
+    Args:
+        model: f, with what :func:`replaced` has put into it.
+        inputs: x.
+        autocast: dtype for the pass.
+        named: tensors to put in by the names of :func:`slots_of`, in code that torch.compile traces.
+    """
+    if autocast is not None:
+        with torch.autocast(next(model.parameters()).device.type, dtype=autocast, cache_enabled=False):
+            return forward(model, inputs, None, named).float()
+    return check_output(functional_call(model, named, (inputs,), tie_weights=False) if named else model(inputs))
+
+
+def slots_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every slot of the model that holds a parameter or a buffer, by one name, with what it holds.
+
+    A tensor in two slots is there twice, and a module with two names once.
+    """
+    return [
+        (f"{path}.{name}" if path else name, tensor)
+        for path, module in model.named_modules()
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None
+    ]
+
+
+@contextmanager
+def differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Without the fused kernels for attention and recurrence, which lack forward mode and second derivatives."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
+    enabled, fast = [library.enabled for library in libraries], torch.backends.mha.get_fastpath_enabled()
+    try:
+        for library in libraries:
+            library.enabled = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for library, value in zip(libraries, enabled, strict=True):
+            library.enabled = value
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Run a block with the modules in eval mode; every layer's own mode is put back."""
+    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
