@@ -25,10 +25,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from scipy import stats
 from torch import Tensor, nn
 
+from analysis.cut import Cut, Output, find_layer
 from analysis.inputs import call, evaluation, plain_kernels
 from analysis.plotting import DIVERGING, PALETTE
-
-Output = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def integrated_gradients(
     """
     _positive(steps=steps)
 
-    def attribute(f: Output, _: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def attribute(f: Output, _: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return IntegratedGradients(f).attribute(x, b, target=y, n_steps=steps, return_convergence_delta=True)
 
     return _explain(attribute, model, inputs, target, baseline, chunk_size)
@@ -117,7 +116,7 @@ def layer_integrated_gradients(
     """
     _positive(steps=steps)
 
-    def attribute(f: Output, cut: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def attribute(f: Output, cut: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         assert cut is not None  # noqa: S101  (a layer is named)
         method, hidden, start = IntegratedGradients(cut.above), cut.below(x), cut.below(b)
         values = method.attribute(hidden, start, target=y, n_steps=steps, additional_forward_args=(x,))
@@ -153,7 +152,7 @@ def grad_cam(
         ValueError: see :func:`layer_integrated_gradients`; or a layer whose output has no spatial dimensions.
     """
 
-    def attribute(f: Output, cut: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
+    def attribute(f: Output, cut: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
         assert cut is not None  # noqa: S101  (a layer is named)
         maps = cut.below(x).requires_grad_()
         (gradient,) = torch.autograd.grad(cut.above(maps, x).gather(1, y[:, None]).sum(), maps, materialize_grads=True)
@@ -211,7 +210,7 @@ def occlusion(
     channels = tuple(inputs.shape[1:2]) if inputs.ndim > 2 else ()
     windows, strides = (channels + (length,) * len(space) for length in (window, stride))
 
-    def attribute(f: Output, _: _Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
+    def attribute(f: Output, _: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
         return Occlusion(f).attribute(x, windows, strides, b, y, perturbations_per_eval=8), None
 
     return _explain(attribute, model, inputs, target, baseline, chunk_size)
@@ -378,36 +377,8 @@ def _overlay() -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("overlay", steps)
 
 
-class _Cut:
-    """A model cut in two at the output of a layer, which it calls once."""
-
-    def __init__(self, f: Output, module: nn.Module):
-        self.f, self.module = f, module
-
-    def below(self, x: Tensor) -> Tensor:
-        """The layer's output at x, as it is before anything after it may change it in place."""
-        return self._run(x, None)[1].detach()
-
-    def above(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """The model's output at x, with ``hidden`` for what the layer gives."""
-        return self._run(x, hidden)[0]
-
-    def _run(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
-
-        def hook(_: nn.Module, arguments: object, output: Tensor) -> Tensor | None:
-            seen.append(output.clone())
-            return None if hidden is None else hidden.clone()
-
-        handle = self.module.register_forward_hook(hook)
-        try:
-            return self.f(x), seen[0]
-        finally:
-            handle.remove()
-
-
 def _explain(
-    attribute: Callable[[Output, _Cut | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    attribute: Callable[[Output, Cut | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     model: nn.Module,
     inputs: Tensor,
     target: int | Tensor | None,
@@ -451,7 +422,7 @@ def _explain(
         with torch.no_grad():
             outputs = torch.cat([f(x) for x in inputs.split(chunk_size)])
         targets = _targets(outputs, target, len(inputs))
-        cut = None if layer is None else _Cut(f, _layer(f, model, layer, inputs[:1]))
+        cut = None if layer is None else Cut(f, find_layer(f, model, layer, inputs[:1]))
         values, deltas = [], []
         for x, y, b in zip(*(part.split(chunk_size) for part in (inputs, targets, baselines)), strict=True):
             value, delta = attribute(f, cut, x, y, b)
@@ -459,28 +430,6 @@ def _explain(
             if delta is not None:
                 deltas.append(delta.detach())
     return Attribution(torch.cat(values), targets, torch.cat(deltas) if deltas else None)
-
-
-def _layer(f: Output, model: nn.Module, name: str, example: Tensor) -> nn.Module:
-    """The module of that name, which f must call once and which must return a floating tensor."""
-    known = dict(model.named_modules(remove_duplicate=False))
-    if name not in known:
-        raise ValueError(f"the model has no layer {name!r}; it has {', '.join(filter(None, known))}")
-    seen: list[object] = []
-
-    def hook(module: nn.Module, arguments: object, output: object) -> None:
-        seen.append(output)
-
-    handle = known[name].register_forward_hook(hook)
-    try:
-        with torch.no_grad():
-            f(example)
-    finally:
-        handle.remove()
-    if len(seen) != 1 or not (isinstance(seen[0], Tensor) and seen[0].is_floating_point()):
-        found = f"is called {len(seen)} times" if len(seen) != 1 else f"returns {type(seen[0]).__name__}"
-        raise ValueError(f"a layer to explain must be called once and return one tensor, but {name!r} {found}")
-    return known[name]
 
 
 def _targets(outputs: Tensor, target: int | Tensor | None, examples: int) -> Tensor:

@@ -34,21 +34,25 @@ NOT_LINEAR = (
 )
 
 
+class NoDerivative(NotImplementedError):
+    """What torch cannot differentiate as asked, with what to do about it."""
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Turn torch's errors about missing derivatives into a ``NotImplementedError`` that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NoDerivative):
         raise
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if "Checkpointing is not compatible" in text:
-            raise NotImplementedError(
+        if "use_reentrant=True" in text or "Checkpointing is not compatible" in text:
+            raise NoDerivative(
                 "reentrant checkpointing gives no gradients of chosen tensors; use checkpoint(..., use_reentrant=False)"
             ) from error
         if isinstance(error, NotImplementedError) or any(words in text for words in MISSING):
-            raise NotImplementedError(NO_DERIVATIVE.format(text[:200])) from error
+            raise NoDerivative(NO_DERIVATIVE.format(text[:200])) from error
         raise
 
 
@@ -66,7 +70,7 @@ def backward(
     found = torch.autograd.grad(
         outs, list(inputs), seeds, retain_graph=True, create_graph=graph, allow_unused=True, materialize_grads=True
     )
-    return list(found)
+    return [_dense(part) for part in found]
 
 
 def backward_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
@@ -82,7 +86,8 @@ def backward_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], column
                 outs, list(inputs), seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
             )
             return [
-                leaf.new_zeros(count, *leaf.shape) if g is None else g for g, leaf in zip(found, inputs, strict=True)
+                leaf.new_zeros(count, *leaf.shape) if g is None else _dense(g)
+                for g, leaf in zip(found, inputs, strict=True)
             ]
         except torch.OutOfMemoryError:
             raise
@@ -90,6 +95,11 @@ def backward_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], column
             pass
     rows = [backward(outputs, inputs, [column[k] for column in columns]) for k in range(count)]
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """An embedding with ``sparse=True`` has sparse gradients."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -113,7 +123,7 @@ def check_adjoint(pulled: Sequence[Tensor], direction: Sequence[Tensor], cotange
     sizes = [inner(part, part).sqrt() for part in (list(pulled), list(direction), [cotangent], [tangent])]
     tolerance = torch.finfo(cotangent.dtype).eps ** 0.5
     if not (first - second).abs() <= tolerance * (sizes[0] * sizes[1] + sizes[2] * sizes[3]):
-        raise NotImplementedError(NOT_LINEAR.format(first.item(), second.item()))
+        raise NoDerivative(NOT_LINEAR.format(first.item(), second.item()))
 
 
 def tangent(
@@ -165,4 +175,4 @@ def _forward_mode(
         raise
     except RuntimeError as error:
         texts = "; ".join(" ".join(str(e).split())[:150] for e in (reason, error))
-        raise NotImplementedError(NO_DERIVATIVE.format(texts)) from error
+        raise NoDerivative(NO_DERIVATIVE.format(texts)) from error

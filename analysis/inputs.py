@@ -190,6 +190,31 @@ def by_first_name(model: nn.Module, state: Mapping[str, Tensor], what: str = "th
     return renamed
 
 
+def checked_tensors(
+    what: str, tensors: Mapping[str, Tensor], model: nn.Module, needed: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """:func:`by_first_name`, of tensors that fit the model.
+
+    Raises:
+        ValueError: a tensor has not the name and shape of one in the model, a parameter is not finite, or a needed
+            name is missing.
+    """
+    known = named_tensors(model)
+    if not tensors and not needed:
+        raise ValueError(f"{what} is empty; it should hold tensors named {', '.join(known)}")
+    for name in tensors.keys() - known.keys() - model.state_dict(keep_vars=True).keys():
+        raise ValueError(f"{what} has a tensor {name!r} that the model lacks; it has {', '.join(known)}")
+    named = by_first_name(model, tensors, what)
+    if missing := sorted(set(needed) - named.keys()):
+        raise ValueError(f"{what} lacks the parameters {', '.join(missing)}")
+    for name, tensor in named.items():
+        if tensor.shape != known[name].shape:
+            raise ValueError(f"{what}: {name!r} has shape {tuple(tensor.shape)}, not {tuple(known[name].shape)}")
+        if isinstance(known[name], nn.Parameter) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{what}: {name!r} holds NaN or infinity")
+    return named
+
+
 @contextmanager
 def plain_kernels(model: nn.Module, order: int = 2) -> Iterator[None]:
     """Without the fused kernels for attention and recurrence, which lack second derivatives or forward mode.

@@ -46,10 +46,9 @@ from analysis.inputs import (
     Loss,
     as_batches,
     batch_norms,
-    by_first_name,
     call,
+    checked_tensors,
     evaluation,
-    named_tensors,
     plain_kernels,
     still,
 )
@@ -226,10 +225,7 @@ def interpolate(
     Other arguments, errors and warnings as in :func:`line`.
     """
     names = dict(model.named_parameters()).keys()
-    start, end = (_check(which, c, model) if c else {} for which, c in (("start", start), ("end", end)))
-    for which, checkpoint in (("start", start), ("end", end)):
-        if missing := sorted(names - checkpoint.keys()):
-            raise ValueError(f"{which} lacks the parameters {', '.join(missing)}")
+    start, end = checked_tensors("start", start, model, names), checked_tensors("end", end, model, names)
     moving = [name for name in start if name in end and start[name].is_floating_point()]
     direction = {name: end[name].to(start[name]) - start[name] for name in moving}
     t = _axis("positions", np.linspace(0, 1, 25) if positions is None else positions)
@@ -269,10 +265,7 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
     given, names = list(checkpoints), list(_trainable(model))
     if len(given) < 3:
         raise ValueError(f"a plane needs at least 3 checkpoints, got {len(given)}")
-    checkpoints = [_check(f"checkpoint {position}", checkpoint, model) for position, checkpoint in enumerate(given)]
-    for position, checkpoint in enumerate(checkpoints):
-        if missing := sorted(set(names) - checkpoint.keys()):
-            raise ValueError(f"checkpoint {position} lacks the parameters {', '.join(missing)}")
+    checkpoints = [checked_tensors(f"checkpoint {i}", checkpoint, model, names) for i, checkpoint in enumerate(given)]
 
     def differences(name: str) -> Tensor:
         stacked = torch.stack([checkpoint[name].detach().double().flatten() for checkpoint in checkpoints])
@@ -316,12 +309,14 @@ def _losses(
         raise ValueError(f"batchnorm must be one of {', '.join(BATCHNORM)}; got {batchnorm!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    origin = {} if origin is None else _check("origin", origin, model)
-    directions = [_check(f"direction {position}", direction, model) for position, direction in enumerate(directions)]
+    origin = {} if origin is None else checked_tensors("origin", origin, model)
+    directions = [
+        checked_tensors(f"direction {position}", direction, model) for position, direction in enumerate(directions)
+    ]
     with evaluation(model, loss, batch_statistics=batchnorm == "train"), plain_kernels(model), torch.no_grad():
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         start = {name: origin.get(name, tensor).detach().to(tensor) for name, tensor in tensors.items()}
-        _check("the model", start, model)
+        checked_tensors("the model", start, model)
         slopes = {
             name: torch.stack([d[name].to(tensor) if name in d else torch.zeros_like(tensor) for d in directions])
             for name, tensor in start.items()
@@ -415,26 +410,6 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
     if not parameters:
         raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
     return parameters
-
-
-def _check(what: str, tensors: Direction, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors by their first names in the model.
-
-    Raises:
-        ValueError: a tensor has not the name and shape of one in the model, or a parameter is not finite.
-    """
-    known = named_tensors(model)
-    if not tensors:
-        raise ValueError(f"{what} is empty; it should hold tensors named {', '.join(known)}")
-    for name in tensors.keys() - known.keys() - model.state_dict(keep_vars=True).keys():
-        raise ValueError(f"{what} has a tensor {name!r} that the model lacks; it has {', '.join(known)}")
-    named = by_first_name(model, tensors, what)
-    for name, tensor in named.items():
-        if tensor.shape != known[name].shape:
-            raise ValueError(f"{what}: {name!r} has shape {tuple(tensor.shape)}, not {tuple(known[name].shape)}")
-        if isinstance(known[name], nn.Parameter) and not torch.isfinite(tensor).all():
-            raise ValueError(f"{what}: {name!r} holds NaN or infinity")
-    return named
 
 
 def _axis(name: str, values: ArrayLike | None) -> np.ndarray:

@@ -8,7 +8,8 @@ Products are taken by two reverse passes each, over several vectors at once:
 (The ``jvp`` of ``jacrev`` that curvlinops takes, and ``torch.func.hessian``, are silently wrong in torch 2.15 where the
 scales of LayerNorm, InstanceNorm, or BatchNorm in train mode are parameters; and forward mode looks into
 ``torch.no_grad``.) Before any use each batch is tried with random vectors: a Hessian must be symmetric, and J must be
-the transpose of what a backward pass applies.
+the transpose of what a backward pass applies. (What a custom autograd.Function computes outside of torch in its own
+backward pass is a constant to the second one, and no check here sees that.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from analysis.derivatives import TORCHSCRIPT, backward, backward_columns, check_adjoint, explained, inner
+from analysis.derivatives import TORCHSCRIPT, NoDerivative, backward, backward_columns, check_adjoint, explained, inner
 from analysis.gradients import check_value, one_tensor
 from analysis.inputs import Batch, Loss, as_batches, call, evaluation, plain_kernels, replaced, still
 
@@ -162,7 +163,7 @@ class _Hessian(_Products, HessianLinearOperator):
         first, second = inner(v, hw), inner(w, hv)
         scale = (inner(v, v) * inner(hw, hw)).sqrt() + (inner(w, w) * inner(hv, hv)).sqrt()
         if not (first - second).abs() <= torch.finfo(hv[0].dtype).eps ** 0.5 * scale:
-            raise NotImplementedError(NOT_SYMMETRIC.format(first.item(), second.item()))
+            raise NoDerivative(NOT_SYMMETRIC.format(first.item(), second.item()))
 
 
 class _GaussNewton(_Products, GGNLinearOperator):

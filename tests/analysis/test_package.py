@@ -12,7 +12,7 @@ import pytest
 import analysis
 
 MODULES = sorted(path.stem for path in Path(analysis.__file__).parent.glob("*.py") if path.stem != "__init__")
-INTERNAL = {"derivatives", "inputs", "matrices", "snapshots"}
+INTERNAL = {"cut", "derivatives", "inputs", "matrices", "snapshots"}
 SHARED = {
     *("check_runs", "colours", "flat", "label", "layers", "legend_above", "on_device", "plain_ticks", "split_state"),
     *("check_value", "one_tensor", "without_rounding"),
