@@ -1,0 +1,618 @@
+# ruff: noqa: E501 -- a table, one case a line
+"""What a message says to do is done, to the letter, in the very case that raised it; and it works.
+
+A new message with a remedy in one of :data:`MODULES` needs a row here; :func:`test_every_remedy_has_a_row` names it.
+"""
+
+import ast
+import functools
+import math
+import re
+import runpy
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
+
+import adalfl_lite
+from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate, fit_seeds, initialise_seeds, load_dataset
+from adalfl_lite.baselines import SymbolicLoss, points_downhill, search_symbolic, search_taylor
+from adalfl_lite.cli import app
+from adalfl_lite.corruption import with_imbalance, with_label_noise
+from adalfl_lite.experiments import compare
+from adalfl_lite.initialisation import rehearsal
+from adalfl_lite.learning_rate import LearningRate, replay
+from adalfl_lite.losses import task_loss
+from adalfl_lite.methods import MAIN_METHODS, check_applies, tune_learning_rate
+from adalfl_lite.tasks import TASKS, get_task
+
+TABLE = runpy.run_path(str(Path(__file__).with_name("test_bad_input.py")))
+Given, frozen, without_gradients = TABLE["Given"], TABLE["frozen"], TABLE["without_gradients"]
+NAN = math.nan
+
+MODULES = (
+    *("training", "experiments", "methods", "together", "ensemble", "initialisation", "checks", "data", "tasks", "cli"),
+    *("corruption", "learning_rate", "files", "losses"),
+    *("baselines/dynamical", "baselines/evomal", "baselines/fixed", "baselines/newton", "baselines/taylor"),
+)
+"""Those whose messages are all here; those of the engines are tried where the engines are."""
+
+NO_REMEDY: dict[str, str] = {}
+"""Parts of messages that look like a remedy and are none, with the reason."""
+
+SEEDS = (1, 2)
+
+
+class CommandError(Exception):
+    """What the command line said as it ended."""
+
+
+def command(given, *arguments):
+    """Run ``adalfl``; what it printed, or :class:`CommandError`."""
+    environment = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+    if found.exit_code:
+        raise CommandError(found.stderr or repr(found.exception))
+    return found.output
+
+
+class Tools(Given):
+    """A right use of more."""
+
+    def labels(self, y):
+        """A data set of these labels."""
+        split = self.split(targets=y)
+        return self.data(train=split, valid=split, test=split, outputs=int(y.max()) + 1)
+
+    def fit_finite(self, **changes):
+        """``fit``, and whether all it measured is finite."""
+        history = self.fit(**changes)
+        return bool(history[["valid_loss", "test_loss"]].map(math.isfinite).all(axis=None))
+
+    def rate(self, **changes):
+        """``fit`` with a learned rate: whether it moved."""
+        given = {"loss": F.cross_entropy, "online": True, "learn": "learning_rate", **changes}
+        return self.fit(**given).learning_rate.nunique() > 1
+
+    def moved(self, **changes):
+        """``fit`` online: whether the loss was learned."""
+        before = [p.detach().clone() for p in self.network.parameters()]
+        self.fit(online=True, **changes)
+        return any(not torch.equal(p, old) for p, old in zip(self.network.parameters(), before, strict=True))
+
+    def models(self, make=None):
+        return [(make or (lambda: nn.Linear(4, 3)))() for _ in SEEDS]
+
+    def fit_seeds(self, models=None, losses=(), make_optimizer=None, **changes):
+        make_optimizer = make_optimizer or partial(torch.optim.SGD, lr=0.1)
+        losses = [LossNetwork.classification() for _ in SEEDS] if losses == () else losses
+        given = {"steps": 3, "batch_size": 8, "seeds": SEEDS, "progress": False, **changes}
+        return fit_seeds(models or self.models(), losses, self.data(), make_optimizer=make_optimizer, **given)
+
+    def pairs(self, one=False):
+        """Batches of a linear map, and others of it; or one and the same."""
+        if one:
+            return ([(self.x[:8], self.x[:8, :3])],) * 2
+        y = self.x @ torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+        batches = [(self.x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)]
+        return batches[:3], batches[3:]
+
+    def initialise_alone(
+        self, make_model=lambda: nn.Linear(4, 3), lr=0.1, optimizer=torch.optim.SGD, one=False, **changes
+    ):
+        """``initialise`` for regression, and whether a rehearsal, if there is one, did not diverge."""
+        torch.manual_seed(not one)
+        self.network = LossNetwork.regression()
+        train, valid = self.pairs(one)
+        given = {"make_optimizer": partial(optimizer, lr=lr), "train": train, "valid": valid, **changes}
+        table = self.initialise(make_model=make_model, **given).rehearsals
+        return not len(table) or bool(table.error.map(math.isfinite).any())
+
+    def initialise_seeds(
+        self, make_model=lambda: nn.Linear(4, 3), lr=0.1, optimizer=torch.optim.SGD, one=False, **changes
+    ):
+        """The same for two seeds as one program."""
+        given = {"steps": 4, "imitation_steps": 0, "rehearsals": 0, "rollout_steps": 2, "seeds": SEEDS, **changes}
+        train, valid = ([batches] * 2 for batches in self.pairs(one))
+        make_optimizer = partial(optimizer, lr=lr)
+        outcomes = initialise_seeds(
+            LossNetwork.regression, make_model, train, valid, make_optimizer=make_optimizer, **given
+        )[1]
+        return all(not len(o.rehearsals) or o.rehearsals.error.map(math.isfinite).any() for o in outcomes)
+
+    def optimizer(self, **changes):
+        return torch.optim.SGD(self.model.parameters(), lr=0.1, **changes)
+
+    def checkpoint(self, name="run", **changes):
+        """A finished run."""
+        self.fit(checkpoint=self.folder / name, **changes)
+        return self.folder / name
+
+    def jobs(self, steps=2, folder="jobs", **changes):
+        """A stored comparison."""
+        task = get_task("iris").with_(steps=steps)
+        return compare([task], ["handcrafted"], [0], folder=self.folder / folder, progress=False, **changes)
+
+    def results(self, *methods, name="a"):
+        """A table as ``compare`` writes it."""
+        path = self.folder / f"{name}.parquet"
+        task = get_task("iris").with_(steps=2)
+        compare([task], methods or ["handcrafted"], [0, 1], progress=False).to_parquet(path)
+        return path
+
+    def searched(self, lr):
+        """A Taylor loss, found by trainings with this learning rate."""
+        pair = self.pairs()[0][0]
+
+        def validate(model):
+            return (F.mse_loss(model(pair[0]), pair[1]).item(),) * 2
+
+        def score(loss):
+            make = partial(torch.optim.SGD, lr=lr)
+            return rehearsal(loss, lambda: nn.Linear(4, 3), make, iter([pair] * 9), 9, validate)[0]
+
+        return search_taylor("regression", score, generations=2, population=4)
+
+    def evolved(self, **budget):
+        """An expression that points downhill."""
+        accept = partial(points_downhill, task_loss=task_loss("classification"), outputs=3)
+        found = search_symbolic("classification", lambda loss: 0.5, lambda loss: None, accept=accept, seed=1, **budget)
+        return accept(found)
+
+    def tuned(self, lr):
+        """iris, its learning rate tuned."""
+        task = get_task("diabetes").with_(steps=20, learning_rate=lr)
+        return tune_learning_rate(task, task.load(), 0, F.mse_loss).learning_rate < 10
+
+
+class Tokens(nn.Module):
+    """A model of token ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).mean(1))
+
+
+def token_loop(given):
+    """A loop of one's own around OnlineLoss.step, of token ids: learns to tell them apart."""
+    torch.manual_seed(0)
+    ids = torch.randint(50, (40, 6))
+    labels = ids[:, 0] % 3
+    model = Tokens()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    network = LossNetwork.classification()
+    adalfl_lite.initialisation.imitate(network, F.cross_entropy, model(ids), steps=300)
+    online = OnlineLoss(model, network, optimizer, meta_learning_rate=1e-4)
+    losses = [online.step((ids[:20], labels[:20]), (ids[20:], labels[20:])) for _ in range(90)]
+    return losses[0].task_loss > 1 and (model(ids[:20]).argmax(1) == labels[:20]).all().item()
+
+
+class Pair(nn.Module):
+    """A module that gives two things, and the one that gives the first alone."""
+
+    def __init__(self, alone=False):
+        super().__init__()
+        self.lstm, self.alone = nn.LSTM(4, 3), alone
+
+    def forward(self, x):
+        output = self.lstm(x)
+        return output[0] if self.alone else output
+
+
+def lazy(run=None):
+    """A model with a lazy layer, after one batch or before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 3))
+    if run is not None:
+        model(run)
+    return model
+
+
+def same(model):
+    """A function that gives the one model."""
+    return lambda: model
+
+
+def without(library, call):
+    """Call with a library hidden, as if it were not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, library, None)
+        return call()
+
+
+def in_inference(call):
+    with torch.inference_mode():
+        return call()
+
+
+def two_rates(given):
+    """A rate and its meta-optimizer, as the message has it."""
+    optimizer = given.optimizer()
+    rate = LearningRate.of(optimizer)
+    meta_optimizer = torch.optim.Adam(rate.parameters())
+    online = OnlineLearningRate(
+        given.model, F.cross_entropy, optimizer, learning_rate=rate, meta_optimizer=meta_optimizer
+    )
+    online.step(given.batch, given.meta_batch)
+    return optimizer.param_groups[0]["lr"] != 0.1
+
+
+def rate_by(given, kind):
+    """A step with a learned rate of this optimizer."""
+    online = OnlineLearningRate(given.model, F.cross_entropy, kind(given.model.parameters(), lr=0.1))
+    return online.step(given.batch, given.meta_batch).task_loss.isfinite().item()
+
+
+def scheduled(given, steps, multipliers):
+    """The rates of a replayed schedule."""
+    optimizer = given.optimizer()
+    scheduler = replay(optimizer, steps, multipliers)
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates == pytest.approx([0.1, 0.15, 0.2])
+
+
+def dropped(given, moment):
+    """The learning rate at the end of a training with a drop at this moment."""
+    task = get_task("iris").with_(steps=4, drops=(moment,))
+    history = compare([task], ["handcrafted"], [0], progress=False)
+    return history.learning_rate.tolist() == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.001])
+
+
+def sometimes_not_finite(prediction, target):
+    """A loss that is not a number in its third call."""
+    sometimes_not_finite.calls += 1
+    return F.cross_entropy(prediction, target) * (NAN if sometimes_not_finite.calls == 3 else 1)
+
+
+def with_accidents(given, **options):
+    sometimes_not_finite.calls = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return given.fit_finite(loss=sometimes_not_finite, **options)
+
+
+def deep():
+    """A linear model of two layers, which diverges where one does not."""
+    return nn.Sequential(nn.Linear(4, 20), nn.Linear(20, 3))
+
+
+WILD: dict[str, Any] = {"lr": 1e20, "imitation_steps": 50, "rehearsals": 2, "rehearsal_steps": 60}
+STEEP: dict[str, Any] = {"steps": 64, "meta_learning_rate": 5e5, "rehearsal_steps": 100, "one": True}
+"""The loss becomes so steep that a rehearsal at the end diverges, and one at the beginning does not."""
+LONG: dict[str, Any] = {
+    "make_model": deep,
+    "steps": 30,
+    "imitation_steps": 10,
+    "rollout_steps": 10,
+    "optimizer": torch.optim.Adam,
+}
+
+
+class Row(NamedTuple):
+    what: str
+    wrong: Callable[[Tools], Any]
+    message: str
+    remedies: tuple[Callable[[Tools], Any], ...]
+    """Each does what the message says, in the case of ``wrong``; none may raise, or give False."""
+    needs: Callable[[], bool] = lambda: True
+    """Without it the remedies cannot be tried here."""
+
+
+def row(what, wrong, message, *remedies, **options):
+    return Row(what, wrong, message, remedies, **options)
+
+
+CUDA = {"needs": torch.cuda.is_available}
+
+CHECKS = [
+    row("unknown name", lambda g: get_task("diggits"), "did you mean 'digits'[?]", lambda g: get_task("digits")),
+    row("an option without effect", lambda g: g.fit(engine="unrolled"), "leave it out", lambda g: g.fit_finite()),
+    row("a NumPy array", lambda g: g.split(inputs=g.x.numpy()), "use torch.as_tensor",
+        lambda g: g.split(inputs=torch.as_tensor(g.x.numpy()))),
+    row("two devices", lambda g: g.split(indices=g.rows.to("meta")), r"move them with \.to\(device\)",
+        lambda g: g.split(inputs=g.x.to("meta"), targets=g.y.to("meta"), indices=g.rows.to("meta"))),
+    row("whole numbers", lambda g: g.split(inputs=(10 * g.x).long()), r"of numbers use \.float\(\)",
+        lambda g: g.fit_finite(data=g.data(train=g.split(inputs=(10 * g.x).long().float())))),
+    row("token ids", lambda g: g.split(inputs=torch.randint(50, (40, 6))),
+        r"with token ids write the loop yourself, around OnlineLoss\.step", token_loop),
+    row("flat float targets", lambda g: g.split(targets=g.x[:, 0]), r"for one variable use targets\[:, None\]",
+        lambda g: g.split(targets=g.x[:, 0][:, None])),
+    row("float labels", lambda g: g.split(targets=g.y.float()), r"for class indices \.long\(\)",
+        lambda g: g.fit_finite(data=g.labels(g.y.float().long()))),
+    row("one-hot labels", lambda g: g.split(targets=F.one_hot(g.y)), r"\.argmax\(1\) turns one-hot",
+        lambda g: torch.equal(g.split(targets=F.one_hot(g.y).argmax(1)).targets, g.y)),
+    row("int32 labels", lambda g: g.split(targets=g.y.int()), r"use \.long\(\)", lambda g: g.split(targets=g.y.int().long())),
+    row("a model for a function", lambda g: g.initialise(make_model=g.model), r"use lambda: \.\.\.",
+        lambda g: g.initialise(make_model=lambda: nn.Linear(4, 3))),
+    row("fewer targets", lambda g: g.step(batch=(g.x, g.y[:9])), "give as many, at least one", lambda g: g.step(batch=(g.x, g.y))),
+    row("an empty batch", lambda g: g.step(batch=(g.x[:0], g.y[:0])), "at least one", lambda g: g.step(batch=(g.x[:1], g.y[:1]))),
+    row("a batch elsewhere", lambda g: g.step(batch=(g.x.to("meta"), g.y.to("meta"))), r"use \.to\('cpu'\)",
+        lambda g: g.step(batch=(g.x.cuda().to("cpu"), g.y.cuda().to("cpu"))), **CUDA),
+    row("a lazy layer", lambda g: g.fit(model=lazy()), "run one batch through the model before building its optimizer",
+        lambda g: g.fit_finite(model=lazy(g.x)), lambda g: g.moved(model=lazy(g.x))),
+    row("a lazy layer, in a loop", lambda g: g.online(model=lazy()), "run one batch through the model before",
+        lambda g: g.step(model=lazy(g.x)).task_loss.isfinite().item()),
+    row("lazy layers of seeds", lambda g: g.fit_seeds([lazy(), lazy()]), "run one batch through the model before",
+        lambda g: g.fit_seeds([lazy(g.x), lazy(g.x)])),
+    row("lazy models of an initialisation", lambda g: g.initialise(make_model=lazy), "run one batch through the model before",
+        lambda g: g.initialise(make_model=lambda: lazy(g.x))),
+    row("another model's optimizer", lambda g: g.fit(optimizer=g.sgd(nn.Linear(4, 3))), r"build it from model\.parameters\(\)",
+        lambda g: g.fit_finite(optimizer=torch.optim.SGD(g.model.parameters(), lr=0.1))),
+    row("a frozen model", lambda g: g.fit(model=frozen(g.model)), "unfreeze some of the model",
+        lambda g: (frozen(g.model)[2].requires_grad_(True), g.fit_finite(model=g.model, optimizer=g.sgd(g.model)))[1]),
+    row("without gradients", lambda g: without_gradients(g.fit), r"leave torch\.no_grad\(\)", lambda g: g.fit_finite()),
+    row("in inference mode", lambda g: in_inference(g.fit), r"leave .* torch\.inference_mode\(\) first", lambda g: g.fit_finite()),
+    row("a model that gives two things", lambda g: g.fit(model=Pair()), "wrap it in a module that does",
+        lambda g: g.fit_finite(model=Pair(alone=True))),
+    row("a loss per example", lambda g: g.fit(loss=nn.CrossEntropyLoss(reduction="none")), "use reduction='mean'",
+        lambda g: g.fit_finite(loss=nn.CrossEntropyLoss(reduction="mean"))),
+    row("a rate far too large", lambda g: g.fit(loss=F.cross_entropy, optimizer=torch.optim.SGD(g.model.parameters(), lr=1e38)),
+        "lower the base learning rate", lambda g: g.fit_finite(loss=F.cross_entropy, model=nn.Linear(4, 3))),
+    row("now and then not finite", with_accidents, "lower the base learning rate",
+        lambda g: with_accidents(g, on_divergence="skip"), lambda g: with_accidents(g, on_divergence="restore")),
+    row("a negative label", lambda g: g.split(targets=2 * (g.y > 0) - 1), "number the classes from 0",
+        lambda g: g.fit_finite(data=g.labels((g.y > 0).long()))),
+    row("one logit for two classes", lambda g: g.fit(model=nn.Linear(4, 1), data=g.labels((g.y > 0).long())),
+        r"1 outputs \(one output is for regression\); a model of 2 classes ends in nn\.Linear\(\.\.\., 2\)",
+        lambda g: g.fit_finite(model=nn.Linear(4, 2), data=g.labels((g.y > 0).long())),
+        lambda g: g.moved(model=nn.Linear(4, 2), data=g.labels((g.y > 0).long()))),
+    row("one logit for two classes, in a loop", lambda g: g.step(model=nn.Linear(4, 1), batch=(g.x, (g.y > 0).long())),
+        r"a model of 2 classes ends in nn\.Linear\(\.\.\., 2\)",
+        lambda g: g.step(model=nn.Linear(4, 2), batch=(g.x, (g.y > 0).long()), meta_batch=(g.x, (g.y > 0).long()))),
+    row("a label too many", lambda g: g.fit(model=nn.Linear(4, 2)), r"ends in nn\.Linear\(\.\.\., 3\)",
+        lambda g: g.fit_finite(model=nn.Linear(4, 3))),
+    row("NaN inputs", lambda g: g.split(inputs=torch.where(g.x > 2, NAN, g.x)), "clean the data first",
+        lambda g: g.split(inputs=torch.where(g.x > 2, NAN, g.x).nan_to_num())),
+]  # fmt: skip
+
+DATA = [
+    row("images without statistics", lambda g: g.split(inputs=g.x.byte()), "need mean= and std=",
+        lambda g: g.split(inputs=g.x.byte()[:, None, None, :], mean=torch.zeros(1, 1, 1), std=torch.ones(1, 1, 1))[:2]),
+    row("statistics without images", lambda g: g.split(mean=torch.zeros(1), std=torch.ones(1)), "leave them out", lambda g: g.split()),
+    row("an empty split", lambda g: g.data(valid=g.split().take(g.rows[:0])), "every split needs rows",
+        lambda g: g.data(valid=g.split().take(g.rows[:1]))),
+    row("a data set of float labels", lambda g: g.data(train=g.split(targets=g.x)), "classification takes int64 class indices",
+        lambda g: g.data(train=g.split(targets=g.x.argmax(1)), outputs=4)),
+    row("labels in regression", lambda g: g.data(kind="regression"), "regression floating-point targets",
+        lambda g: g.regression()),
+    row("valid_size of a table", lambda g: load_dataset("iris", valid_size=9), "split 60/20/20",
+        lambda g: [len(getattr(load_dataset("iris"), part)) for part in ("train", "valid", "test")] == [90, 30, 30]),
+    row("noise in regression", lambda g: with_label_noise(load_dataset("diabetes"), 0.1, 0), "is for classification",
+        lambda g: with_label_noise(load_dataset("iris"), 0.1, 0)),
+    row("noise of no label", lambda g: with_label_noise(load_dataset("iris"), 1e-3, 0), "give at least 0.011",
+        lambda g: (with_label_noise(load_dataset("iris"), 0.011, 0).train.targets != load_dataset("iris").train.targets).sum() == 1),
+    row("imbalance of no row", lambda g: with_imbalance(load_dataset("iris"), 1.001, 0), "give a larger one",
+        lambda g: len(with_imbalance(load_dataset("iris"), 2.0, 0).train) < 90),
+    row("corrupted twice", lambda g: get_task("iris").corrupted(label_noise=0.2).corrupted(imbalance=2), "in one call",
+        lambda g: get_task("iris").corrupted(label_noise=0.2, imbalance=2)),
+    row("a drop in steps", lambda g: dropped(g, 2), "divide a step by steps", lambda g: dropped(g, 2 / 4)),
+]  # fmt: skip
+
+FILES = [
+    row("a folder", lambda g: g.fit(checkpoint=g.folder), "name a file", lambda g: g.fit_finite(checkpoint=g.folder / "c")),
+    row("a place that cannot be", lambda g: g.fit(checkpoint=g.file / "c"), "name another place",
+        lambda g: g.fit_finite(checkpoint=g.folder / "c")),
+    row("a damaged loss", lambda g: LossNetwork.load(g.file), "give another, or delete a damaged one",
+        lambda g: (g.network.save(g.folder / "n"), LossNetwork.load(g.folder / "n"))),
+    row("a damaged checkpoint", lambda g: g.fit(checkpoint=g.file), "give another, or delete a damaged one",
+        lambda g: g.fit_finite(checkpoint=g.folder / "c"), lambda g: (g.file.unlink(), g.fit_finite(checkpoint=g.file))[1]),
+    row("a file of others", lambda g: (torch.save({"a": 1}, g.folder / "f"), LossNetwork.load(g.folder / "f")),
+        "give one that this package wrote", lambda g: (g.network.save(g.folder / "f"), LossNetwork.load(g.folder / "f"))),
+    row("an older format", lambda g: LossNetwork.load(g.saved(format="adalfl-loss-network-0")), "write it again with this version",
+        lambda g: (g.network.save(g.folder / "n"), LossNetwork.load(g.folder / "n"))),
+    row("a loss that is not finite", lambda g: LossNetwork.load(g.saved(
+        state={name: value * NAN for name, value in g.network.state_dict().items()})), "use an earlier one",
+        lambda g: LossNetwork.load(g.saved())),
+    row("half a checkpoint", lambda g: g.fit(checkpoint=g.saved(format="adalfl-checkpoint-1")), "it lacks .*; delete it",
+        lambda g: (g.saved().unlink(), g.fit_finite(checkpoint=g.folder / "network.pt"))[1]),
+    row("a checkpoint of another run", lambda g: g.fit(checkpoint=g.checkpoint(), seed=9), "use another file",
+        lambda g: (g.checkpoint(), g.fit_finite(checkpoint=g.folder / "other", seed=9))[1]),
+    row("a stored job of another task", lambda g: (g.jobs(), g.jobs(steps=3)), "give another folder, or delete that file",
+        lambda g: (g.jobs(), g.jobs(steps=3, folder="new").step.max() == 3)[1],
+        lambda g: (g.jobs(), (g.folder / "jobs/iris--handcrafted--seed0.parquet").unlink(), g.jobs(steps=3).step.max() == 3)[2]),
+    row("a damaged job", lambda g: (g.jobs(), (g.folder / "jobs/iris--handcrafted--seed0.parquet").write_text("cut"), g.jobs()),
+        "delete a damaged one", lambda g: ((g.folder / "jobs").mkdir(), (g.folder / "jobs/iris--handcrafted--seed0.parquet").write_text("cut"),
+                                          (g.folder / "jobs/iris--handcrafted--seed0.parquet").unlink(), len(g.jobs()))[3] == 3),
+    row("a foreign table", lambda g: (pd.DataFrame({"a": [1]}).to_parquet(g.folder / "t.parquet"), command(g, "plot", g.folder / "t.parquet")),
+        "give a file that train or compare wrote", lambda g: command(g, "plot", g.results())),
+]  # fmt: skip
+
+TRAINING = [
+    row("a loader for data", lambda g: g.fit(data=[g.batch]), r"load_dataset and Dataset\(\.\.\.\) give one",
+        lambda g: g.fit_finite(data=g.data()), lambda g: g.fit_finite(data=load_dataset("iris"))),
+    row("engine='shared' alone", lambda g: g.fit(online=True, engine="shared"), "needs meta_batches='next'",
+        lambda g: g.moved(engine="shared", meta_batches="next")),
+    row("compile offline", lambda g: g.fit(compile="default"), r"leave it out, or hand fit torch\.compile\(model\)",
+        lambda g: g.fit_finite(), lambda g: g.fit_finite(model=torch.compile(g.model, backend="eager"))),
+    row("a rate learned and scheduled", lambda g: (o := g.optimizer(), g.rate(optimizer=o, scheduler=MultiStepLR(o, [2]))),
+        "leave one out", lambda g: g.rate(),
+        lambda g: (o := g.optimizer(), g.fit_finite(optimizer=o, scheduler=MultiStepLR(o, [2])))[1]),
+    row("two meta learning rates", lambda g: g.fit(online=True, meta_learning_rate=0.1, meta_optimizer=partial(torch.optim.SGD, lr=0.1)),
+        "leave one of the two out", lambda g: g.moved(meta_learning_rate=0.1),
+        lambda g: g.moved(meta_optimizer=partial(torch.optim.SGD, lr=0.1))),
+    row("a meta-optimizer over the loss for a rate", lambda g: g.rate(meta_optimizer=torch.optim.Adam(g.network.parameters())),
+        r"give a function that builds one, such as functools\.partial\(torch\.optim\.Adam, lr=1e-3\)",
+        lambda g: g.rate(meta_optimizer=functools.partial(torch.optim.Adam, lr=1e-3))),
+    row("a function that builds no optimizer", lambda g: g.fit(online=True, meta_optimizer=lambda p: 1),
+        r"such as functools\.partial\(torch\.optim\.Adam, lr=1e-3\)",
+        lambda g: g.moved(meta_optimizer=functools.partial(torch.optim.Adam, lr=1e-3))),
+    row("autocast to float32", lambda g: g.fit(autocast=torch.float32), r"must be torch\.bfloat16 .*leave it out for neither",
+        lambda g: g.fit_finite(autocast=torch.bfloat16), lambda g: g.fit_finite()),
+    row("a fixed loss online", lambda g: g.fit(loss=F.cross_entropy, online=True), "such as a LossNetwork", lambda g: g.moved()),
+    row("LBFGS", lambda g: g.fit(optimizer=torch.optim.LBFGS(g.model.parameters())), "use one such as SGD or Adam",
+        lambda g: g.fit_finite(optimizer=torch.optim.SGD(g.model.parameters(), lr=0.1)),
+        lambda g: g.fit_finite(optimizer=torch.optim.Adam(g.model.parameters()))),
+    row("another device", lambda g: g.fit(device="meta"), r"move it with model\.to\('meta'\) before building its optimizer",
+        lambda g: (m := g.model.to("cuda"), g.fit_finite(model=m, optimizer=g.sgd(m), device="cuda"))[1], **CUDA),
+    row("a plateau", lambda g: (o := g.optimizer(), g.fit(optimizer=o, scheduler=ReduceLROnPlateau(o))), "such as MultiStepLR",
+        lambda g: (o := g.optimizer(), g.fit(optimizer=o, scheduler=MultiStepLR(o, [2])).learning_rate.nunique() == 2)[1]),
+    row("another optimizer's scheduler", lambda g: g.fit(scheduler=MultiStepLR(g.optimizer(), [2])), "build it from the one",
+        lambda g: (o := g.optimizer(), g.fit(optimizer=o, scheduler=MultiStepLR(o, [2])).learning_rate.nunique() == 2)[1]),
+    row("evaluation of an empty split", lambda g: evaluate(g.model, g.split().take(g.rows[:0]), "classification"), "nothing to evaluate on",
+        lambda g: evaluate(g.model, g.split().take(g.rows[:1]), "classification")),
+    row("a loader for a split", lambda g: evaluate(g.model, [g.batch], "classification"), r"such as data\.test",
+        lambda g: evaluate(g.model, g.data().test, "classification")),
+    row("a meta-optimizer without the rate", lambda g: OnlineLearningRate(g.model, F.cross_entropy, g.optimizer(),
+        meta_optimizer=torch.optim.Adam(g.network.parameters())), r"with rate = LearningRate\.of\(optimizer\), give", two_rates),
+    row("Rprop with a learned rate", lambda g: rate_by(g, torch.optim.Rprop), "use one of SGD, Adam",
+        lambda g: rate_by(g, torch.optim.SGD), lambda g: rate_by(g, torch.optim.Adam)),
+    row("a schedule out of order", lambda g: scheduled(g, [0, 2, 1], [1, 2, 1.5]), "give the schedule of one run",
+        lambda g: scheduled(g, [0, 1, 2], [1, 1.5, 2])),
+]  # fmt: skip
+
+INITIALISING = [
+    row("always the same model", lambda g: g.initialise(make_model=same(g.model)), "it must build a fresh one at every call",
+        lambda g: g.initialise(make_model=lambda: nn.Linear(4, 3))),
+    row("rehearsals that diverge", lambda g: g.initialise_alone(**WILD), "lower the base learning rate",
+        lambda g: g.initialise_alone(**{**WILD, "lr": 0.01})),
+    row("late rehearsals that diverge", lambda g: g.initialise_alone(rehearsals=1, **STEEP), "or rehearse more often",
+        lambda g: g.initialise_alone(rehearsals=13, **STEEP)),
+    row("a loader used up", lambda g: g.initialise(steps=9, valid=iter([g.batch])), "pass a loader that can be iterated again",
+        lambda g: g.initialise(steps=9, valid=[g.batch])),
+    row("tensors for batches", lambda g: g.initialise(train=g.batch), r"DataLoader\(TensorDataset\(inputs, targets\), batch_size, shuffle=True\)",
+        lambda g: g.initialise(train=DataLoader(TensorDataset(g.x, g.y), 8, shuffle=True))),
+    row("seeds: always the same model", lambda g: g.initialise_seeds(same(g.model)), "it must build a fresh one at every call",
+        lambda g: g.initialise_seeds()),
+    row("seeds: rehearsals that diverge", lambda g: g.initialise_seeds(**WILD), "of seed 1 diverged; lower the base learning rate",
+        lambda g: g.initialise_seeds(**{**WILD, "lr": 0.01})),
+    row("seeds: late rehearsals that diverge", lambda g: g.initialise_seeds(rehearsals=1, **STEEP), "or rehearse more often",
+        lambda g: g.initialise_seeds(rehearsals=13, **STEEP)),
+    row("seeds: a rollout of Adam that diverges", lambda g: g.initialise_seeds(lr=30, **LONG), "lower the learning rate, or use initialise",
+        lambda g: g.initialise_seeds(lr=0.01, **LONG), lambda g: g.initialise_alone(lr=30, **LONG)),
+    row("seeds: a rate far too large", lambda g: g.fit_seeds(losses=None, make_optimizer=partial(torch.optim.SGD, lr=3e38)),
+        "lower the learning rate", lambda g: g.fit_seeds(losses=None)),
+    row("seeds: nothing to learn", lambda g: g.fit_seeds(losses=None, online=True), "give losses", lambda g: g.fit_seeds(online=True)),
+    row("seeds: dropout", lambda g: g.fit_seeds([nn.Sequential(nn.Linear(4, 3), nn.Dropout()) for _ in SEEDS]), "train such models with fit",
+        lambda g: g.fit_finite(model=nn.Sequential(nn.Linear(4, 3), nn.Dropout()))),
+    row("seeds: a frozen layer", lambda g: g.fit_seeds([nn.Sequential(frozen(nn.Linear(4, 4)), nn.Linear(4, 3)) for _ in SEEDS]),
+        "train such models with fit", lambda g: g.fit_finite(model=nn.Sequential(frozen(nn.Linear(4, 4)), nn.Linear(4, 3)))),
+    row("seeds: another optimizer", lambda g: g.fit_seeds(make_optimizer=torch.optim.RMSprop), "use SGD, Adam or AdamW",
+        *(lambda g, kind=kind: g.fit_seeds(make_optimizer=partial(kind, lr=0.01)) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))),
+    row("Taylor losses that diverge", lambda g: g.searched(1e38), "lower the base learning rate", lambda g: g.searched(0.1)),
+    row("an unknown name in an expression", lambda g: SymbolicLoss("regression", ["absolut", "p"]), "known: add, .*absolute",
+        lambda g: SymbolicLoss("regression", ["absolute", "p"])),
+    row("no expression found", lambda g: g.evolved(generations=0, population=2), "search longer", lambda g: g.evolved(generations=5, population=20)),
+    row("rates that all diverge", lambda g: g.tuned(1e30), "lower the task's own", lambda g: g.tuned(0.01)),
+]  # fmt: skip
+
+COMPARING = [
+    row("unknown task", lambda g: compare(["irris"], ["handcrafted"], [0]), "did you mean 'iris'[?] known tasks: digits",
+        lambda g: all(map(get_task, TASKS))),
+    row("a task twice", lambda g: compare([get_task("iris"), get_task("iris").with_(steps=3)], ["handcrafted"], [0]), r"name a changed task anew, task\.with_\(name=\.\.\.\)",
+        lambda g: compare([get_task("iris").with_(steps=2), get_task("iris").with_(steps=3, name="longer")], ["handcrafted"], [0], progress=False).task.nunique() == 2),
+    row("a library that is not here", lambda g: without("cma", lambda: check_applies("taylorglo", get_task("iris"))), r"pip install 'adalfl-lite\[methods\]'",
+        lambda g: check_applies("taylorglo", get_task("iris")),
+        lambda g: {"cma", "deap"} <= {re.split(r"\W", text)[0] for text in extra("methods")}),
+    row("no task", lambda g: command(g, "compare"), "add a name from `adalfl tasks`, as in: adalfl compare digits",
+        lambda g: "iris" in command(g, "tasks"), lambda g: command(g, "compare", "iris", "--methods", "handcrafted", "--seeds", 1, "--steps", 2, "--out", g.folder)),
+    row("two files and no name", lambda g: command(g, "plot", g.results(name="a"), g.results("absolute", name="b")), "add --out PICTURE.png",
+        lambda g: (command(g, "plot", g.results(name="a"), g.results("absolute", name="b"), "--out", g.folder / "PICTURE.png"), (g.folder / "PICTURE.png").exists())[1]),
+    row("no such reference", lambda g: command(g, "table", g.results("focal", "absolute")), "they have focal, absolute",
+        lambda g: "absolute" in command(g, "table", g.results("focal", "absolute"), "--reference", "focal")),
+    row("a table without costs", lambda g: (pd.read_parquet(p := g.results()).drop(columns="seconds").to_parquet(p), command(g, "table", p, "--value", "cost")),
+        "they were not written by compare", lambda g: "handcrafted" in command(g, "table", g.results(), "--value", "cost")),
+    row("no such file", lambda g: command(g, "plot", g.folder / "no.parquet"), r"give the \.parquet file that train or compare wrote",
+        lambda g: command(g, "plot", g.results())),
+    row("a run twice", lambda g: command(g, "table", g.results(name="a"), g.results(name="b")), "leave one out",
+        lambda g: command(g, "table", g.results(name="a"))),
+    row("unknown method", lambda g: command(g, "train", "iris", "--method", "onlin"), "did you mean 'online'[?]",
+        lambda g: "online" in MAIN_METHODS and "online" in command(g, "methods")),
+]  # fmt: skip
+
+ROWS = [*CHECKS, *DATA, *FILES, *TRAINING, *INITIALISING, *COMPARING]
+
+
+def extra(name):
+    """The packages of an extra in ``pyproject.toml``."""
+    import tomllib
+
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    return tomllib.loads(text)["project"]["optional-dependencies"][name]
+
+
+SAID: dict[str, str] = {}
+"""What each row's case said."""
+
+
+def said(case, folder):
+    """The message of a case; kept, so that it is raised once."""
+    if case.what not in SAID:
+        folder.mkdir()
+        with pytest.raises(Exception) as caught:  # noqa: PT011 -- the message is looked at
+            case.wrong(Tools(folder))
+        SAID[case.what] = str(caught.value)
+    return SAID[case.what]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.what) for case in ROWS])
+def test_the_remedy_works(case, tmp_path, counts):
+    assert re.search(case.message, said(case, tmp_path / "wrong"), re.DOTALL), SAID[case.what]
+    if not case.needs():
+        pytest.skip("the remedy cannot be tried here")
+    for i, remedy in enumerate(case.remedies):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        assert remedy(Tools(folder)) is not False
+    counts["remedies tried"] += len(case.remedies)
+
+
+def remedies(module):
+    """(line, regular expression) of every message in a module that says what to do."""
+    path = Path(adalfl_lite.__file__).parent / f"{module}.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        fails = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_fail"
+        if not (isinstance(node, ast.Raise) or fails) or not isinstance(call, ast.Call) or not call.args:
+            continue
+        text = call.args[0]
+        if isinstance(text, ast.Constant):
+            text = ast.JoinedStr([text])
+        if not isinstance(text, ast.JoinedStr):
+            continue
+        parts = [part.value if isinstance(part, ast.Constant) else None for part in text.values]
+        plain = "{}".join("".join(part or "\0" for part in parts).split("\0"))
+        if re.search(r"; (?!got)|: use |such as", plain) and not any(part in plain for part in NO_REMEDY):
+            yield (
+                f"{module}:{node.lineno}: {plain}",
+                "".join(".*" if part is None else re.escape(part) for part in parts),
+            )
+
+
+def test_every_remedy_has_a_row(tmp_path):
+    found = [said(case, tmp_path / str(i)) for i, case in enumerate(ROWS)]
+    missing = [
+        place
+        for module in MODULES
+        for place, pattern in remedies(module)
+        if not any(re.search(pattern, text, re.DOTALL) for text in found)
+    ]
+    assert not missing, "messages with a remedy that no row tries:\n" + "\n".join(missing)
+
+
+def test_names_of_rows_differ():
+    assert len({case.what for case in ROWS}) == len(ROWS) > 70
+    assert sum(1 for module in MODULES for _ in remedies(module)) > 50
+
+
+def test_a_remedy_without_a_row_would_be_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", CHECKS)
+    with pytest.raises(AssertionError, match="training:.*such as MultiStepLR"):
+        test_every_remedy_has_a_row(tmp_path)
