@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from analysis.cut import Cut, Output, find_layer
-from analysis.inputs import call, evaluation, plain_kernels
+from analysis.inputs import call, evaluation, plain_kernels, replaced
 from analysis.plotting import DIVERGING, PALETTE
 
 
@@ -412,11 +412,11 @@ def _explain(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must not hold NaN or infinity; clean the data first")
 
-    with evaluation(model), plain_kernels(model, order=1), torch.enable_grad():
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with evaluation(model), plain_kernels(model, order=1), replaced(model, parameters), torch.enable_grad():
 
         def f(x: Tensor) -> Tensor:
-            outputs = call(model, parameters, x)
+            outputs = call(model, {}, x)
             return outputs[:, None] if outputs.ndim == 1 else outputs
 
         with torch.no_grad():

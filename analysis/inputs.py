@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from analysis.snapshots import Snapshot, modules_behind
 
@@ -215,9 +218,32 @@ def checked_tensors(
     return named
 
 
+class _PlainWeightNorm(TorchFunctionMode):
+    """w = g v/‖v‖ in simple steps: the second derivative of torch's fused kernel is wrong (2.15), for it holds ‖v‖."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return self._plain(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _plain(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        others = [d for d in range(v.ndim) if d != dim]  # a dim of -1 means the norm of the whole
+        return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+
+
+def _weight_normed(module: nn.Module) -> bool:
+    parts = [module, *module._forward_pre_hooks.values()]
+    return any(isinstance(part, WeightNorm | _WeightNorm) for part in parts)
+
+
 @contextmanager
 def plain_kernels(model: nn.Module, order: int = 2) -> Iterator[None]:
-    """Without the fused kernels for attention and recurrence, which lack second derivatives or forward mode.
+    """Without the fused kernels for attention, recurrence and weight normalisation.
+
+    Those lack second derivatives or forward mode, or have wrong ones.
 
     Args:
         model: only recurrent layers in it make a difference to cuDNN and oneDNN.
@@ -235,6 +261,8 @@ def plain_kernels(model: nn.Module, order: int = 2) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(False)
             if order > 1:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if any(map(_weight_normed, model.modules())):
+                    stack.enter_context(_PlainWeightNorm())
             yield
         finally:
             for library, value in zip(libraries, enabled, strict=True):
