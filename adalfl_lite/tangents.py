@@ -177,14 +177,15 @@ def check_agreement(
     """
     if not gradients:
         return
-    ours = sum(inner_product(a, b) for a, b in zip(gradients, w, strict=True))
-    lengths = [torch.stack(torch._foreach_norm(list(tensors))).to(along.dtype) for tensors in (gradients, w)]
-    difference, scale = torch.stack([(ours - along).abs(), lengths[0] @ lengths[1] + bound]).tolist()
-    if difference > tolerance * scale:  # not where either is NaN: that is said elsewhere
+    inner = [inner_product(a, b) for a, b in zip(gradients, w, strict=True)]
+    lengths = torch.stack(torch._foreach_norm([*gradients, *w])).to(along.dtype).view(2, -1)
+    numbers = torch.stack([sum(inner[1:], inner[0]).to(along.dtype), along, torch.dot(*lengths), bound.to(along.dtype)])
+    ours, theirs, *bounds = numbers.tolist()  # one look at the device
+    if abs(ours - theirs) > tolerance * sum(bounds):  # not where one is NaN: that is said elsewhere
         raise NotImplementedError(
-            f"the model's backward pass and its derivative disagree (along the same direction they differ by"
-            f" {difference:.3g} in {scale:.3g}): it has a hook on an activation, an operation with a gradient of its"
-            " own, or draws other random numbers in each pass"
+            f"the model's backward pass and its derivative disagree (along one direction they are {ours:.3g} and"
+            f" {theirs:.3g}): it has a hook on an activation, an operation with a gradient of its own, or draws other"
+            " random numbers in each pass"
         )
 
 
