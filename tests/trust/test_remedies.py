@@ -323,7 +323,7 @@ def row(what, wrong, message, *remedies, **options):
 CUDA = {"needs": torch.cuda.is_available}
 
 CHECKS = [
-    row("unknown name", lambda g: get_task("diggits"), "did you mean 'digits'[?]", lambda g: get_task("digits")),
+    row("unknown name", lambda g: get_task("digit"), "did you mean 'digits'[?]", lambda g: get_task("digits")),
     row("an option without effect", lambda g: g.fit(engine="unrolled"), "leave it out", lambda g: g.fit_finite()),
     row("a NumPy array", lambda g: g.split(inputs=g.x.numpy()), "use torch.as_tensor",
         lambda g: g.split(inputs=torch.as_tensor(g.x.numpy()))),
@@ -507,7 +507,7 @@ INITIALISING = [
     row("seeds: another optimizer", lambda g: g.fit_seeds(make_optimizer=torch.optim.RMSprop), "use SGD, Adam or AdamW",
         *(lambda g, kind=kind: g.fit_seeds(make_optimizer=partial(kind, lr=0.01)) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))),
     row("Taylor losses that diverge", lambda g: g.searched(1e38), "lower the base learning rate", lambda g: g.searched(0.1)),
-    row("an unknown name in an expression", lambda g: SymbolicLoss("regression", ["absolut", "p"]), "known: add, .*absolute",
+    row("an unknown name in an expression", lambda g: SymbolicLoss("regression", ["abs", "p"]), "known: add, .*absolute",
         lambda g: SymbolicLoss("regression", ["absolute", "p"])),
     row("no expression found", lambda g: g.evolved(generations=0, population=2), "search longer", lambda g: g.evolved(generations=5, population=20)),
     row("rates that all diverge", lambda g: g.tuned(1e30), "lower the task's own", lambda g: g.tuned(0.01)),
