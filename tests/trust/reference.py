@@ -42,7 +42,7 @@ from adalfl_lite import LossNetwork, OnlineLoss
 ENGINES = ("forward", "shared", "unrolled")
 REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 TOLERANCE = 1e-6
-STEPS_OF_PHI = (1e-3, 2e-4, 5e-3)
+STEPS_OF_PHI = (1e-3, 2e-4, 5e-3, 2e-2)
 """h, the first at which the reference is accurate enough."""
 
 Batch = tuple[Tensor, Tensor]

@@ -1363,6 +1363,13 @@ def test_torchs_data_parallelism_is_refused(engine, one_process, counts):
     assert verdict.kind == "refused", str(verdict)
 
 
+@pytest.mark.parametrize("case", ["RNN", "LSTM, both ways", "encoder, eval"])
+def test_it_is_right_where_torchs_global_flags_are_locked(case, counts, monkeypatch):
+    """As ``torch.backends.disable_global_flags()`` does, which leaves the context managers ``flags()``."""
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    check(case, judge_all(ALL[case], counts, LABEL), REFUSED.get(case))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_scheduler_finds_that_the_optimizer_stepped(name, engine):
