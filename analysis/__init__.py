@@ -14,7 +14,9 @@
     plotting         one look for every figure
     recorder         any of these while training, or from checkpoints
 
-Models are left exactly as they were found. A loss is any callable (prediction, target) -> scalar.
+Models are left exactly as they were found, also after an error: the very same parameters, buffers, hooks, attributes
+and modes. They are never copied. A loss is any callable (prediction, target) -> scalar; if it is a module it is left as
+it was, too. Threads that run diagnostics at the same time wait for each other.
 """
 
 from analysis.attribution import (

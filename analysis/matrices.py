@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from analysis.derivatives import TORCHSCRIPT, NoDerivative, backward, backward_columns, check_adjoint, explained, inner
+from analysis.derivatives import (
+    TORCHSCRIPT,
+    backward,
+    backward_columns,
+    check_adjoint,
+    check_equal,
+    explained,
+    inner,
+)
 from analysis.gradients import check_value, one_tensor
 from analysis.inputs import Batch, Loss, as_batches, call, evaluation, plain_kernels, replaced, still
 
@@ -162,8 +170,7 @@ class _Hessian(_Products, HessianLinearOperator):
         hv, hw = ([product[k].detach() for product in products] for k in (0, 1))
         first, second = inner(v, hw), inner(w, hv)
         scale = (inner(v, v) * inner(hw, hw)).sqrt() + (inner(w, w) * inner(hv, hv)).sqrt()
-        if not (first - second).abs() <= torch.finfo(hv[0].dtype).eps ** 0.5 * scale:
-            raise NoDerivative(NOT_SYMMETRIC.format(first.item(), second.item()))
+        check_equal(first, second, scale, hv[0], NOT_SYMMETRIC)
 
 
 class _GaussNewton(_Products, GGNLinearOperator):

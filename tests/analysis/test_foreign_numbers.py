@@ -176,6 +176,14 @@ def test_what_neither_way_can_differentiate_is_refused(function):
         SECOND[function](Checkpointed(reentrant=True).double(), rows())
 
 
+@pytest.mark.parametrize("function", SECOND)
+def test_a_derivative_that_is_not_finite_is_named(function):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), Applied(lambda h: h + (0 * h).sqrt())).double()
+    with pytest.raises(ValueError, match="not finite"):
+        SECOND[function](model, rows())
+
+
 def test_a_sparse_embedding():
     torch.manual_seed(0)
     sparse = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(15, 4)).double()
