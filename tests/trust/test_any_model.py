@@ -1366,7 +1366,7 @@ def test_torchs_data_parallelism_is_refused(engine, one_process, counts):
 @pytest.mark.parametrize("case", ["RNN", "LSTM, both ways", "encoder, eval"])
 def test_it_is_right_where_torchs_global_flags_are_locked(case, counts, monkeypatch):
     """As ``torch.backends.disable_global_flags()`` does, which leaves the context managers ``flags()``."""
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", False)
     check(case, judge_all(ALL[case], counts, LABEL), REFUSED.get(case))
 
 

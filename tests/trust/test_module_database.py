@@ -26,7 +26,7 @@ from tests.trust.reference import Problem, Refusals, Verdict, check, judge_all, 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
     # the import locks torch's global flags, as PyTorch wishes in its own tests alone
-    patch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    patch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
     from torch.testing._internal.common_modules import module_db
 
 pytestmark = pytest.mark.slow
