@@ -49,7 +49,6 @@ from adalfl_lite.metagradient import (
     weighted,
 )
 from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
-from adalfl_lite.tangents import inner_product
 from adalfl_lite.updates import Clipping, check_no_gradient, check_no_hooks, check_own_step
 
 PROPORTIONAL = (
@@ -211,7 +210,7 @@ class OnlineLearningRate:
             old = iter(undo.before)
             for group in self.optimizer.param_groups:
                 pairs = [(found.get(id(new)), new.detach() - next(old)) for new in group["params"]]
-                slopes.append(sum(inner_product(v, step).double() for v, step in pairs if v is not None))
+                slopes.append(sum(_inner_product(v, step) for v, step in pairs if v is not None))
         like = self.learning_rate.log_rates
         hypergradient = torch.stack([torch.as_tensor(slope, dtype=like.dtype, device=like.device) for slope in slopes])
         return RateStep([hypergradient], loss, meta_loss)
@@ -251,6 +250,13 @@ class OnlineLearningRate:
         check_own_step(optimizer)
         check_trainable(model, optimizer)
         check_no_hooks(optimizer, parameters=False)
+
+
+def _inner_product(v: Tensor, step: Tensor) -> Tensor:
+    """Of real numbers, or of complex ones as pairs of real ones; float64."""
+    if v.is_complex():
+        v, step = torch.view_as_real(v), torch.view_as_real(step)
+    return (v * step).sum().double()
 
 
 def _check_holds(meta_optimizer: Optimizer | None, learning_rate: LearningRate | None) -> None:

@@ -32,7 +32,16 @@ class Poisoned(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-        self.passes, self.gradient_passes, self.count = passes, gradient_passes, 0
+        self.passes, self.gradient_passes = passes, gradient_passes
+        self.counted = [0]  # of all passes; an attribute that is a number would be put back after most of them
+
+    @property
+    def count(self):
+        return self.counted[0]
+
+    @count.setter
+    def count(self, number):
+        self.counted[0] = number
 
     def forward(self, x):
         if not self.training:
