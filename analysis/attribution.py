@@ -26,6 +26,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from analysis.cut import Cut, Output, find_layer
+from analysis.gradients import one_tensor
 from analysis.inputs import call, evaluation, plain_kernels, replaced
 from analysis.plotting import DIVERGING, PALETTE
 
@@ -416,7 +417,7 @@ def _explain(
     with evaluation(model), plain_kernels(model, order=1), replaced(model, parameters), torch.enable_grad():
 
         def f(x: Tensor) -> Tensor:
-            outputs = call(model, {}, x)
+            outputs = one_tensor(call(model, {}, x))
             return outputs[:, None] if outputs.ndim == 1 else outputs
 
         with torch.no_grad():

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from analysis.gradients import on_device
+from analysis.gradients import on_device, one_tensor
 from analysis.inputs import Batch, call, preserved
 from analysis.plotting import colours, legend_above
 
@@ -44,7 +44,7 @@ def predictions(model: nn.Module, data: Batch | Iterable[Batch]) -> tuple[Tensor
     logits, targets = [], []
     with preserved(model, training=False), torch.no_grad():
         for x, y in on_device(data, model):
-            logits.append(call(model, {}, x).cpu())
+            logits.append(one_tensor(call(model, {}, x)).cpu())
             targets.append(y.cpu())
     return _checked(torch.cat(logits), torch.cat(targets))
 

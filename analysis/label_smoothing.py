@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogitLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
-from analysis.gradients import Data, on_device
+from analysis.gradients import Data, on_device, one_tensor
 from analysis.inputs import Batch, Loss, call, preserved, require_columns, still
 from analysis.plotting import PALETTE, SEQUENTIAL, label
 
@@ -289,7 +289,7 @@ def _with_gradients(model: nn.Module, loss: Loss, data: Data) -> tuple[Tensor, T
 def _predictions(model: nn.Module, data: Data) -> Iterator[Batch]:
     """Logits and targets, batch by batch."""
     for inputs, targets in on_device(data, model):
-        prediction = call(model, {}, inputs)
+        prediction = one_tensor(call(model, {}, inputs))
         _check(prediction, targets)
         yield prediction, targets
 

@@ -188,3 +188,34 @@ def test_a_scripted_model_is_run_but_not_taken_apart():
     for function in (an.gradient_norms, an.per_sample_gradients, an.top_eigenpairs, an.line):
         with pytest.raises(ValueError, match="scripted module.*it was scripted from"):
             function(scripted, ce, (x, y))
+
+
+def test_a_model_that_returns_a_dictionary():
+    class Output(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(6, 4).double()
+
+        def forward(self, x):
+            return {"logits": self.last(x)}
+
+    torch.manual_seed(0)
+    model, data = Output(), rows()
+
+    def loss(output, target):
+        return ce(output["logits"], target)
+
+    torch.testing.assert_close(
+        an.per_sample_gradients(model, loss, data), an.per_sample_gradients(model.last, ce, data)
+    )
+    assert an.trace(model, loss, data) == an.trace(model.last, ce, data)
+    assert an.sharpness(model, loss, data) == an.sharpness(model.last, ce, data)
+    for call in (
+        lambda: an.influence(model, loss, data, data, loss, 0.1),
+        lambda: an.trace(model, loss, data, matrix="ggn"),
+        lambda: an.predictions(model, data),
+        lambda: an.logit_statistics(model, data),
+        lambda: an.integrated_gradients(model, data[0]),
+    ):
+        with untouched(model), pytest.raises(ValueError, match="one floating tensor, got dict; wrap it"):
+            call()
