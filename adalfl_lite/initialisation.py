@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from adalfl_lite.checks import check_counts, check_factories, check_pair, check_used
 from adalfl_lite.losses import Loss, LossNetwork, task_error
-from adalfl_lite.metagradient import Batch, eval_mode, plain_step
+from adalfl_lite.metagradient import NO_CLIPPING, Batch, eval_mode, plain_step
 from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
+from adalfl_lite.updates import Clipping
 
 MakeModel = Callable[[], nn.Module]
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -87,6 +88,8 @@ def initialise(
     rehearsal_steps: int = 300,
     validate: Validate | None = None,
     task_loss: Loss | None = None,
+    clip_gradient_norm: float | None = None,
+    clip_gradient_value: float | None = None,
     engine: str = "forward",
     progress: bool = False,
 ) -> Initialisation:
@@ -106,6 +109,7 @@ def initialise(
         rehearsal_steps: length of a rehearsal; best as long as the training to come, where that can be afforded.
         validate: model -> (error, task loss) on validation data, to score a rehearsal; refused where there is none.
         task_loss: L_T; by default the one of ``loss_network.kind``.
+        clip_gradient_norm, clip_gradient_value: of the base steps, as in the training to come.
         engine: meta-gradient engine, see :class:`~adalfl_lite.online.OnlineLoss`.
         progress: show a progress bar.
 
@@ -127,6 +131,7 @@ def initialise(
     if not rehearsals:
         check_used("without rehearsals", validate=(validate, None))
     task_loss = task_loss or default_task_loss(loss_network)
+    clipping = Clipping(clip_gradient_norm, clip_gradient_value)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     if validate is None:
         held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
@@ -147,12 +152,14 @@ def initialise(
             make_optimizer(model.parameters()),
             meta_optimizer=meta_optimizer,
             task_loss=task_loss,
+            clip_gradient_norm=clip_gradient_norm,
+            clip_gradient_value=clip_gradient_value,
             engine=engine,
         )
 
     def rehearse() -> tuple[float, float]:
         frozen = loss_network.clone().requires_grad_(False)
-        return rehearsal(frozen, make_model, make_optimizer, train_batches, rehearsal_steps, validate)
+        return rehearsal(frozen, make_model, make_optimizer, train_batches, rehearsal_steps, validate, clipping)
 
     if imitation_steps:
         imitate(loss_network, task_loss, make_model().train()(next(train_batches)[0]), steps=imitation_steps)
@@ -316,12 +323,13 @@ def rehearsal(
     batches: Iterator[Batch],
     steps: int,
     validate: Validate,
+    clipping: Clipping = NO_CLIPPING,
 ) -> tuple[float, float]:
     """(error, task loss) on validation data of a fresh model trained with a fixed loss; infinite if it diverged."""
     model = make_model().train()
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):
-        plain_step(model, loss, optimizer, next(batches))
+        plain_step(model, loss, optimizer, next(batches), clipping=clipping)
         if advance := getattr(loss, "advance", None):
             advance()
     error, value = validate(model)

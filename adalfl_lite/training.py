@@ -35,6 +35,7 @@ from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE, LearningRate, O
 from adalfl_lite.losses import Loss, task_error, task_loss
 from adalfl_lite.metagradient import Batch, eval_mode, plain_step
 from adalfl_lite.online import META_LEARNING_RATE, OnlineLoss
+from adalfl_lite.updates import Clipping
 
 FORMAT = "adalfl-checkpoint-1"
 NOT_KEPT_BEFORE = ("model", "loss", "held_out", "inputs", "loss_settings", "augment_settings", "scheduler")
@@ -65,6 +66,8 @@ def fit(
     meta_optimizer: Optimizer | Callable[[Iterable[Tensor]], Optimizer] | None = None,
     meta_batches: str = "valid",
     clip_meta_gradient: float | None = None,
+    clip_gradient_norm: float | None = None,
+    clip_gradient_value: float | None = None,
     engine: str = "forward",
     compile: str | None = None,
     scheduler: LRScheduler | None = None,
@@ -92,6 +95,8 @@ def fit(
         learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
         meta_learning_rate, clip_meta_gradient, engine, compile: see :class:`~adalfl_lite.online.OnlineLoss`, and
             :class:`~adalfl_lite.learning_rate.OnlineLearningRate`, which has the first alone.
+        clip_gradient_norm, clip_gradient_value: clip ∇_θ of the loss before the optimizer has it, as torch's
+            ``clip_grad_norm_`` and ``clip_grad_value_`` do; what is learned online is learned through it.
         meta_optimizer: instead of Adam with ``meta_learning_rate``: a function parameters -> optimizer, or where the
             loss is learned also an optimizer over ``loss.parameters()``.
         meta_batches: "valid"; "train" to adapt on training rows alone (the paper allows both); or "next", where the
@@ -143,6 +148,7 @@ def fit(
         raise ValueError("compile is for a loss that is learned online; leave it out, or hand fit torch.compile(model)")
     if online and learn == "learning_rate" and scheduler is not None:
         raise ValueError("a learned learning rate and a scheduler exclude each other; leave one out")
+    clipping = Clipping(clip_gradient_norm, clip_gradient_value)
     of_loss: dict[str, Any] = {"engine": (engine, "forward"), "clip_meta_gradient": (clip_meta_gradient, None)}
     if not online:
         of_both = {"meta_learning_rate": (meta_learning_rate, None), "meta_optimizer": (meta_optimizer, None)}
@@ -201,6 +207,8 @@ def fit(
             meta_optimizer=meta_optimizer,
             meta_learning_rate=meta_learning_rate,
             task_loss=task_loss(data.kind),
+            clip_gradient_norm=clip_gradient_norm,
+            clip_gradient_value=clip_gradient_value,
             autocast=autocast,
         )
     elif online and isinstance(loss, nn.Module):
@@ -213,6 +221,8 @@ def fit(
             meta_learning_rate=meta_learning_rate,
             task_loss=task_loss(data.kind),
             clip_meta_gradient=clip_meta_gradient,
+            clip_gradient_norm=clip_gradient_norm,
+            clip_gradient_value=clip_gradient_value,
             engine=engine,
             autocast=autocast,
             compile=compile,
@@ -232,6 +242,8 @@ def fit(
         "evaluate_every": evaluate_every,
         "on_divergence": on_divergence,
         "autocast": None if autocast is None else str(autocast),
+        "clip_gradient_norm": clip_gradient_norm,
+        "clip_gradient_value": clip_gradient_value,
     }
     if online:
         run |= {
@@ -294,7 +306,7 @@ def fit(
                 losses.append(result.learned_loss)
                 meta_losses.append(result.task_loss)
             else:
-                value = plain_step(model, loss, optimizer, batch, autocast=autocast)
+                value = plain_step(model, loss, optimizer, batch, clipping=clipping, autocast=autocast)
                 if on_divergence != "raise":
                     _check_step(value, model)
                 losses.append(value)

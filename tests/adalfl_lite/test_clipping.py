@@ -1,6 +1,7 @@
 """Clipped gradients and micro batches: the meta-gradient of exactly the step that was taken, in every engine."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss
+from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, fit, initialise
+from adalfl_lite.data import Dataset, Split
 from adalfl_lite.metagradient import plain_step
 from adalfl_lite.online import ENGINES
 from adalfl_lite.updates import Clipping
@@ -248,6 +250,46 @@ def test_a_plain_step_and_a_learned_rate_take_micro_batches():
     for a, b in (models[:2], models[2:]):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def data(rows=40):
+    splits = [
+        Split(*(tensor.float() if i == 0 else tensor for i, tensor in enumerate(batch(seed, rows))), torch.arange(rows))
+        for seed in range(3)
+    ]
+    return Dataset("clouds", "classification", *splits, 4, (6,))
+
+
+@pytest.mark.parametrize("options", [{}, {"online": True}, {"online": True, "learn": "learning_rate"}])
+def test_fit_clips_in_all_its_ways(options, tmp_path):
+    """And a checkpoint belongs to its bound."""
+    found = {}
+    for name, bound in (("none", {}), ("norm", {"clip_gradient_norm": 1e-5}), ("value", {"clip_gradient_value": 1e-6})):
+        model = make_model().float()
+        loss = F.cross_entropy if "learn" in options else make_network().float()
+        arguments = {"steps": 6, "batch_size": 10, "progress": False, "checkpoint": tmp_path / name, **options}
+        fit(model, loss, data(), optimizer=torch.optim.SGD(model.parameters(), lr=1.0), **arguments, **bound)
+        found[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        if bound:
+            with pytest.raises(ValueError, match="clip_gradient_.* 0.5"):
+                other = {name: 0.5 for name in bound}
+                fit(model, loss, data(), optimizer=torch.optim.SGD(model.parameters(), lr=1.0), **arguments, **other)
+    start = torch.cat([p.detach().flatten() for p in make_model().float().parameters()])
+    way = {name: (end - start).norm().item() for name, end in found.items()}
+    assert way["norm"] <= 6.1e-5 * (3 if "learn" in options else 1) < way["none"] and way["value"] < way["none"]
+
+
+def test_initialise_clips_its_rollouts_and_rehearsals():
+    ends = []
+    for bound in ({}, {"clip_gradient_norm": 1e-5}):
+        network = make_network()
+        batches = [batch(i) for i in range(3)]
+        make_optimizer = functools.partial(torch.optim.SGD, lr=1.0)
+        short = {"steps": 4, "imitation_steps": 100, "rollout_steps": 2, "rehearsals": 1, "rehearsal_steps": 60}
+        torch.manual_seed(0)
+        found = initialise(network, make_model, batches, batches, make_optimizer=make_optimizer, **short, **bound)
+        ends.append(found.rehearsals.task_loss.iloc[0])
+    assert ends[0] < 0.9 * ends[1]  # so short a step hardly trains
 
 
 def test_shared_takes_one_batch_and_says_which_engine_takes_several():
