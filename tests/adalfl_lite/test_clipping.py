@@ -289,7 +289,7 @@ def test_initialise_clips_its_rollouts_and_rehearsals():
         torch.manual_seed(0)
         found = initialise(network, make_model, batches, batches, make_optimizer=make_optimizer, **short, **bound)
         ends.append(found.rehearsals.task_loss.iloc[0])
-    assert ends[0] < 0.9 * ends[1]  # so short a step hardly trains
+    assert ends[0] < 0.95 * ends[1]  # so short a step hardly trains
 
 
 def test_shared_takes_one_batch_and_says_which_engine_takes_several():
