@@ -281,7 +281,7 @@ def _check_loss_network(loss_network: nn.Module, model: nn.Module, meta_optimize
     if not phi:
         raise ValueError(
             f"{type(loss_network).__name__} has no parameter that requires a gradient; to keep the loss as it is,"
-            " use meta_learning_rate=0, or train without OnlineLoss"
+            " train without OnlineLoss, or unfreeze it and use meta_learning_rate=0"
         )
     devices = [next(module.parameters()).device for module in (loss_network, model)]
     if devices[0] != devices[1]:

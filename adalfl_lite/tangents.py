@@ -84,8 +84,8 @@ def check_embedding(name: str, options: Mapping[str, Any]) -> None:
         )
     if options.get("max_norm") is not None:
         raise ValueError(
-            f"the layer {name!r} shortens its rows in place as it looks them up; use max_norm=None, and"
-            " weight.data.renorm_ between the steps"
+            f"the layer {name!r} shortens its rows in place as it looks them up; use max_norm=None, and between the"
+            f" steps weight.renorm_({options.get('norm_type', 2.0)}, 0, {options['max_norm']}) under torch.no_grad()"
         )
 
 

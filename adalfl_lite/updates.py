@@ -50,7 +50,8 @@ def check_own_step(optimizer: Optimizer) -> None:
     if not step.__module__.startswith("torch.optim."):
         raise TypeError(
             f"{type(optimizer).__name__} has a step() of its own, {step.__qualname__}, whose derivative is not known;"
-            " use an optimizer of torch.optim, and do the rest between the steps"
+            " use an optimizer of torch.optim as it is. To clip, use clip_gradient_norm= or clip_gradient_value= of"
+            " OnlineLoss or fit; what changes weights, do between the steps"
         )
 
 
@@ -75,14 +76,15 @@ def check_no_hooks(optimizer: Optimizer, parameters: bool = True) -> None:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} has a gradient hook, which the meta-gradient would not"
-                " see; remove() it. To clip, use clip_gradient_norm= or clip_gradient_value="
+                " see; remove() it. To clip, use clip_gradient_norm= or clip_gradient_value= of OnlineLoss or fit"
             )
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     everywhere = (torch_optimizers._global_optimizer_pre_hooks, torch_optimizers._global_optimizer_post_hooks)
     if any(hooks) or any(everywhere):
         raise ValueError(
             "the optimizer has a step hook, which the meta-gradient would not see; remove() it. To clip, use"
-            " clip_gradient_norm= or clip_gradient_value=; what changes weights, do between the steps"
+            " clip_gradient_norm= or clip_gradient_value= of OnlineLoss or fit; what changes weights, do between the"
+            " steps"
         )
 
 

@@ -12,6 +12,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
@@ -36,6 +39,8 @@ from adalfl_lite.learning_rate import LearningRate, replay
 from adalfl_lite.losses import task_loss
 from adalfl_lite.methods import MAIN_METHODS, check_applies, tune_learning_rate
 from adalfl_lite.tasks import TASKS, get_task
+from tests.trust.reference import Problem, judge, plain_step, prepare, reference, started, tokens, weights
+from tests.trust.test_any_model import ALL, FOLLOWED, Layers, Reverse, Words, between, embedded, hidden, mlp, stale
 
 TABLE = runpy.run_path(str(Path(__file__).with_name("test_bad_input.py")))
 Given, frozen, without_gradients = TABLE["Given"], TABLE["frozen"], TABLE["without_gradients"]
@@ -45,8 +50,9 @@ MODULES = (
     *("training", "experiments", "methods", "together", "ensemble", "initialisation", "checks", "data", "tasks", "cli"),
     *("corruption", "learning_rate", "files", "losses"),
     *("baselines/dynamical", "baselines/evomal", "baselines/fixed", "baselines/newton", "baselines/taylor"),
+    *("online", "metagradient", "tangents", "updates", "compiled", "stacking", "passes"),
 )
-"""Those whose messages are all here; those of the engines are tried where the engines are."""
+"""Those whose messages are all here."""
 
 NO_REMEDY: dict[str, str] = {}
 """Parts of messages that look like a remedy and are none, with the reason."""
@@ -306,6 +312,193 @@ LONG: dict[str, Any] = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------- of the engines
+
+
+def the(problem):
+    """A problem, or the one of that name in the table of models, or of optimizers."""
+    return problem if isinstance(problem, Problem) else ALL.get(problem) or FOLLOWED[problem]
+
+
+def learn(problem, engine="forward", **options):
+    """A step of a problem with an engine."""
+    problem = the(problem)
+    with started(problem) as (model, optimizer, _), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        online = OnlineLoss(model, problem.phi(), optimizer, engine=engine, **options)
+        online.step(problem.batches(0), problem.batches(1))
+
+
+def right(problem, engine="forward", loop=None, **options):
+    """Steps of a problem that are the plain loop's of ``loop``, and their meta-gradients the derivatives of that."""
+    verdict = judge(the(problem), engine, reference(the(loop or problem)), **options)
+    assert verdict.kind == "right", verdict
+
+
+def bare(problem, **changes):
+    """The problem without what a loop attaches to it."""
+    return replace(the(problem), attach=None, **changes)
+
+
+def ends_where(loop, problem, engine="forward", before=lambda model: None, after=lambda model: None):
+    """θ after three steps, with ``before(model)`` and ``after(model)`` around each, is the plain loop's; φ stands still."""
+    loop, problem = the(loop), the(problem)
+    phi = loop.phi()
+    with started(loop) as (model, optimizer, _):
+        for i in range(3):
+            prepare(loop, model, optimizer, i)
+            plain_step(model, optimizer, phi, loop.batches(i))
+        before(model)
+        wanted = weights(model)
+    with started(problem) as (model, optimizer, _):
+        online = OnlineLoss(model, phi, optimizer, meta_learning_rate=0, engine=engine)
+        for i in range(3):
+            before(model)
+            online.step(problem.batches(i), problem.batches(i + 1))
+            after(model)
+        before(model)
+        torch.testing.assert_close(weights(model), wanted, rtol=1e-6, atol=1e-9)
+
+
+def shorten(model):
+    """To what ``max_norm=1`` makes of the rows of an embedding, as the message has it."""
+    with torch.no_grad():
+        model[0].weight.renorm_(2.0, 0, 1.0)
+
+
+def normalise(model):
+    with torch.no_grad():
+        model.b.weight.div_(model.b.weight.norm())
+
+
+def project_all(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.renorm_(2, 0, 0.5)
+
+
+def accumulated(problem, parts, **options):
+    """One step on a list of micro batches: θ is that of the loop that accumulates, ∇_φ that of the whole batch."""
+    found = []
+    whole, meta_batch = problem.batches(0), problem.batches(1)
+    micro = list(zip(*(tensor.split(parts) for tensor in whole), strict=True))
+    for given in (micro, whole):
+        with started(problem) as (model, optimizer, _):
+            step = OnlineLoss(model, problem.phi(), optimizer, **options).meta_gradient([given], meta_batch)
+            found.append((weights(model), step.meta_gradient))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+    with started(problem) as (model, optimizer, _):
+        for inputs, targets in micro:
+            (problem.phi()(model(inputs), targets) * len(targets) / len(whole[1])).backward()
+        optimizer.step()
+        torch.testing.assert_close(found[0][0], weights(model), rtol=1e-9, atol=1e-13)
+
+
+def in_a_group(call):
+    """Call with a process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return call(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def data_parallel():
+    return nn.parallel.DistributedDataParallel(mlp().double())
+
+
+class ReverseOnce(Reverse):
+    """A backward pass that is not the forward's derivative and cannot be differentiated itself."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return -2 * g
+
+
+NO_ENGINE = between(ReverseOnce.apply)
+REVERSED = between(lambda h: 3 * h.detach() - 2 * h)
+"""The same of what torch differentiates."""
+
+EMBEDDING_BAG = ALL["nn.EmbeddingBag, sum"]
+BRANCHING = "within: conditional on the mean"
+CHANGING = "weights changed in the forward pass"
+
+
+def clamped(model, *_):
+    return [p.register_hook(lambda g: g.clamp(-2e-3, 2e-3)) for p in model.parameters()]
+
+
+PLAIN = Problem(mlp)
+CLIPS = {"norm": "step hook that clips", "value": Problem(mlp, attach=clamped)}
+ZEROED = Problem(mlp, attach=lambda m, o: (stale(0.01)(m, o), o.zero_grad())[1], steps=1)
+
+
+class Scaled(nn.Module):
+    """A loss of one's own with one parameter, and without a kind."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(())) if scale is None else scale
+
+    def forward(self, prediction, target):
+        return self.scale * F.cross_entropy(prediction, target)
+
+
+class Sharing(nn.Module):
+    """A model that holds the parameter of a loss."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3), loss.scale
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+def frozen_again(given):
+    """A frozen loss kept as it is: unfrozen, with meta_learning_rate=0."""
+    network = frozen(given.network)
+    before = [p.clone() for p in network.requires_grad_(True).parameters()]
+    given.step(loss_network=network, meta_learning_rate=0)
+    return all(torch.equal(p, old) for p, old in zip(network.parameters(), before, strict=True))
+
+
+def compiled_model(given, **options):
+    """A step with a compiled model; the loss is as before to rounding."""
+    model = torch.compile(given.model, backend="eager")
+    return given.step(model=model, **options).task_loss.isfinite().item()
+
+
+def restored(given, whole):
+    online = given.online()
+    state = online.state_dict()
+    if not whole:
+        del state["optimizer"]
+    online.load_state_dict(state)
+
+
+def steep(given, lr=0.3, initialised=False):
+    """A hundred steps with a steep loss for regression."""
+    torch.manual_seed(0)
+    network = LossNetwork.regression()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(7)
+    batch = given.x, given.x @ torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    if initialised:
+        make = partial(torch.optim.SGD, lr=lr)
+        adalfl_lite.initialise(
+            network, lambda: nn.Linear(4, 3), [batch], [batch], make_optimizer=make, steps=2, rehearsals=0
+        )
+    model = nn.Sequential(nn.Linear(4, 20), nn.Linear(20, 3))
+    online = OnlineLoss(model, network, torch.optim.SGD(model.parameters(), lr=lr))
+    for _ in range(100):
+        step = online.step(batch, batch)
+    return step.task_loss.isfinite().item()
+
+
 class Row(NamedTuple):
     what: str
     wrong: Callable[[Tools], Any]
@@ -314,6 +507,7 @@ class Row(NamedTuple):
     """Each does what the message says, in the case of ``wrong``; none may raise, or give False."""
     needs: Callable[[], bool] = lambda: True
     """Without it the remedies cannot be tried here."""
+    slow: bool = False
 
 
 def row(what, wrong, message, *remedies, **options):
@@ -537,7 +731,114 @@ COMPARING = [
         lambda g: "online" in MAIN_METHODS and "online" in command(g, "methods")),
 ]  # fmt: skip
 
-ROWS = [*CHECKS, *DATA, *FILES, *TRAINING, *INITIALISING, *COMPARING]
+LEARNING = [
+    row("a loss without a kind", lambda g: g.step(loss_network=Scaled()), r"pass task_loss=\.\.\.",
+        lambda g: g.step(loss_network=Scaled(), task_loss=F.cross_entropy)),
+    row("a compiled model, unrolled", lambda g: compiled_model(g, engine="unrolled"), "use engine='forward', or do not compile it",
+        lambda g: compiled_model(g, engine="forward"), lambda g: g.step(engine="unrolled")),
+    row("autocast to integers", lambda g: g.step(autocast=torch.int8), r"such as torch\.bfloat16", lambda g: g.step(autocast=torch.bfloat16)),
+    row("a function for a loss network", lambda g: g.step(loss_network=F.cross_entropy),
+        r"LossNetwork\.classification\(\) and LossNetwork\.regression\(\) make one", lambda g: g.step(loss_network=LossNetwork.classification()),
+        lambda g: g.step(batch=(g.x, g.x[:, :3]), meta_batch=(g.x, g.x[:, :3]), loss_network=LossNetwork.regression())),
+    row("a frozen loss", lambda g: g.step(loss_network=frozen(g.network)), "train without OnlineLoss, or unfreeze it and use meta_learning_rate=0",
+        lambda g: g.fit_finite(loss=frozen(g.network)), frozen_again),
+    row("a loss on another device", lambda g: g.online(model=g.model.to("meta")), r"use loss_network\.to\('meta'\)",
+        lambda g: g.online(model=g.model.to("meta"), loss_network=g.network.to("meta"))),
+    row("a parameter of both", lambda g: g.step(model=Sharing(s := Scaled()), loss_network=s, task_loss=F.cross_entropy), "give each its own",
+        lambda g: g.step(model=Sharing(Scaled()), loss_network=Scaled(), task_loss=F.cross_entropy)),
+    row("another loss's meta-optimizer", lambda g: g.step(meta_optimizer=torch.optim.Adam(LossNetwork.classification().parameters())),
+        r"build it from loss_network\.parameters\(\)", lambda g: g.step(meta_optimizer=torch.optim.Adam(g.network.parameters()))),
+    row("two kinds of targets", lambda g: g.step(meta_batch=(g.x, g.x[:, :3])), "give the same", lambda g: g.step(meta_batch=(g.x, g.y))),
+    row("half a state", lambda g: restored(g, False), r"give what state_dict\(\) returned", lambda g: restored(g, True)),
+    row("unrolled by several processes", lambda g: g.online(engine="unrolled", process_group=object()), "leave process_group out",
+        lambda g: g.step(engine="unrolled")),
+    row("a compiled step of another engine", lambda g: g.step(engine="shared", compile="default"), "needs engine='forward' .*leave it out",
+        lambda g: g.step(engine="shared")),
+    row("a compiled step of one's own loss", lambda g: g.step(loss_network=Scaled(), task_loss=F.cross_entropy, compile="default"),
+        "give a LossNetwork, or no compile mode", lambda g: g.step(compile="default"), lambda g: g.step(loss_network=Scaled(), task_loss=F.cross_entropy), slow=True),
+    row("a compiled step with dropout", lambda g: learn("dropout, train", compile="default"), "leave compile out", lambda g: right("dropout, train")),
+    row("a compiled step of what torch does not compile", lambda g: learn(BRANCHING, compile="default"),
+        r"\(leave compile='default' out\)", lambda g: right(BRANCHING)),
+    row("no such engine", lambda g: g.online(engine="forwards"), "one of forward, shared, finite-difference, unrolled",
+        *(lambda g, engine=engine: g.step(engine=engine) for engine in adalfl_lite.online.ENGINES)),
+    row("a bound of zero", lambda g: g.step(clip_gradient_norm=0), "must be positive, or None not to clip",
+        lambda g: g.step(clip_gradient_norm=1), lambda g: g.step(clip_gradient_norm=None)),
+    row("a loss too steep for its optimizer", steep, "or initialise the loss network for this optimizer",
+        lambda g: steep(g, lr=1e-4), lambda g: steep(g, initialised=True)),
+    row("two ways of clipping", lambda g: learn(PLAIN, clip_gradient_norm=5e-3, clip_gradient_value=2e-3), "give one of them",
+        lambda g: right(PLAIN, loop=CLIPS["norm"], clip_gradient_norm=5e-3),
+        lambda g: right(PLAIN, loop=CLIPS["value"], clip_gradient_value=2e-3)),
+]  # fmt: skip
+
+SERVING = [
+    row("a Function without a forward derivative", lambda g: learn("a Function with true derivatives"), "; engine='unrolled' can$",
+        lambda g: right("a Function with true derivatives", "unrolled")),
+    row("the same, shared", lambda g: learn("a Function with true derivatives", "shared"), "; engine='unrolled' can$",
+        lambda g: right("a Function with true derivatives", "unrolled")),
+    row("a Function that differentiates once", lambda g: learn("a Function that differentiates once"), "; engine='finite-difference' can, which is approximate$",
+        lambda g: right(replace(ALL["a Function that differentiates once"], tolerance=1e-4), "finite-difference")),
+    row("the same, unrolled", lambda g: learn("a Function that differentiates once", "unrolled"), "; engine='finite-difference' can, which is approximate$",
+        lambda g: right(replace(ALL["a Function that differentiates once"], tolerance=1e-4), "finite-difference")),
+    row("a straight-through Function", lambda g: learn("straight through"), "; engine='unrolled' can$", lambda g: right("straight through", "unrolled")),
+    row("a Function with another tangent", lambda g: learn("gradient reversal with a tangent"), "backward pass and its derivative disagree .*; engine='unrolled' can$",
+        lambda g: right("gradient reversal with a tangent", "unrolled")),
+    row("a hook on an activation", lambda g: learn("activation hook that scales"), "; engine='unrolled' can$",
+        lambda g: right("activation hook that scales", "unrolled")),
+    row("a hook on an activation, guarded", lambda g: learn("activation hook that scales, guarded"), "a hook on an activation.*; engine='unrolled' can$",
+        lambda g: right("activation hook that scales, guarded", "unrolled")),
+    *(row(f"a bag of embeddings, {engine}", lambda g, engine=engine: learn(EMBEDDING_BAG, engine), "; engine='finite-difference' can, which is approximate$",
+        lambda g: right(replace(EMBEDDING_BAG, tolerance=1e-4), "finite-difference")) for engine in ("forward", "shared", "unrolled")),
+    row("a checkpoint, unrolled", lambda g: learn("checkpoint", "unrolled"), "a checkpoint, or .*; engine='forward' can$", lambda g: right("checkpoint")),
+    *(row(f"served by none, {engine}", lambda g, engine=engine: learn(NO_ENGINE, engine), "; no engine can; replace that part of the model by one that torch can differentiate$",
+        *(lambda g, other=other: right(REVERSED, other) for other in ("forward", "shared", "unrolled")))
+      for engine in ("forward", "shared", "unrolled", "finite-difference")),
+    row("micro batches, shared", lambda g: accumulated(PLAIN, (5, 3, 4), engine="shared"), "for micro batches use engine='forward'",
+        lambda g: accumulated(PLAIN, (5, 3, 4), engine="forward")),
+    row("torch's data parallelism", lambda g: in_a_group(lambda group: learn(Problem(data_parallel, warm=1))), "give the model itself, and process_group=",
+        lambda g: in_a_group(lambda group: right(PLAIN, process_group=group))),
+    row("a scripted model", lambda g: learn("compiled by torch.jit"), "give the one it was made from", lambda g: right(PLAIN)),
+    row("weights changed in the forward pass", lambda g: learn(CHANGING), "do that between the steps",
+        lambda g: ends_where(bare(CHANGING, warm=0), Problem(lambda: Layers(hidden(lambda self, h: h)), warm=0), before=normalise)),
+    row("sparse embeddings", lambda g: learn("nn.Embedding with sparse gradients"), "use sparse=False",
+        lambda g: right(Problem(embedded(sparse=False), batches=tokens))),
+    row("sparse embeddings by function", lambda g: learn("F.embedding with sparse gradients"), "use sparse=False",
+        lambda g: right(Problem(partial(Words, sparse=False), batches=tokens))),
+    row("embeddings scaled by frequency", lambda g: learn("nn.Embedding with scale_grad_by_freq"), "use scale_grad_by_freq=False",
+        lambda g: right(Problem(embedded(scale_grad_by_freq=False), batches=tokens))),
+    row("embeddings of bounded length", lambda g: learn("nn.Embedding with max_norm"),
+        r"use max_norm=None, and between the steps weight\.renorm_\(2\.0, 0, 1\.0\) under torch\.no_grad\(\)",
+        *(lambda g, engine=engine: ends_where(Problem(embedded(max_norm=1.0), batches=tokens, warm=0), Problem(embedded(), batches=tokens, warm=0), engine, before=shorten)
+          for engine in ("forward", "shared", "unrolled"))),
+    *(row(f"{name}, which has no differentiable update", lambda g, kind=kind: g.step(optimizer=kind(g.model.parameters())),
+        r"such as torch\.optim\.SGD, Adam, AdamW, RMSprop or Adagrad", *(lambda g, other=other: right(f"{other}, mlp") for other in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")))
+      for name, kind in (("LBFGS", torch.optim.LBFGS), ("SparseAdam", torch.optim.SparseAdam))),
+    row("an optimizer's own step that clips", lambda g: learn("a subclass that clips, Adam, mlp"), r"use an optimizer of torch\.optim as it is\. To clip, use clip_gradient_norm= or clip_gradient_value=",
+        lambda g: right(bare("Adam, mlp", warm=0), loop=bare("a subclass that clips, Adam, mlp", warm=0), clip_gradient_norm=5e-3),
+        lambda g: learn("Adam, mlp", clip_gradient_value=5e-3)),
+    row("an optimizer's own step that projects", lambda g: learn("a subclass that projects, mlp"), "what changes weights, do between the steps",
+        lambda g: ends_where(bare("a subclass that projects, mlp", warm=0), bare("RMSprop, mlp", warm=0), after=project_all)),
+    row("an own optimizer", lambda g: learn("an own optimizer that claims a derivative, mlp"), r"use an optimizer of torch\.optim", lambda g: right("SGD, mlp")),
+    row("a replaced step", lambda g: learn("a step that was replaced and clips"), "To clip, use clip_gradient_norm=",
+        lambda g: right(bare("a step that was replaced and clips"), loop="a step that was replaced and clips", clip_gradient_norm=5e-3)),
+    row("a gradient hook that clips", lambda g: learn(CLIPS["value"]), r"remove\(\) it\. To clip, use clip_gradient_norm= or clip_gradient_value= of OnlineLoss or fit",
+        lambda g: right(bare(CLIPS["value"])), lambda g: right(bare(CLIPS["value"]), loop=CLIPS["value"], clip_gradient_value=2e-3),
+        lambda g: right(bare(CLIPS["value"]), loop=CLIPS["norm"], clip_gradient_norm=5e-3)),
+    row("a hook on gradients in a stack", lambda g: g.fit_seeds([clamped(m := nn.Linear(4, 3)) and m for _ in SEEDS]), "To clip, use clip_gradient_norm= or clip_gradient_value= of OnlineLoss or fit",
+        lambda g: g.fit_seeds(), lambda g: g.fit_finite(clip_gradient_norm=5e-3), lambda g: g.fit_finite(clip_gradient_value=5e-3)),
+    row("a step hook that clips", lambda g: learn("step hook that clips"), r"remove\(\) it\. To clip, use clip_gradient_norm=",
+        lambda g: right(bare("step hook that clips")), lambda g: right(bare("step hook that clips"), loop="step hook that clips", clip_gradient_norm=5e-3),
+        lambda g: right(bare("step hook that clips, Adam"), loop="step hook that clips, Adam", clip_gradient_norm=5e-3)),
+    row("a step hook that projects", lambda g: learn("step hook that projects"), "what changes weights, do between the steps",
+        lambda g: ends_where("step hook that projects", bare("step hook that projects"), after=project_all)),
+    row("a gradient that is there", lambda g: learn("a stale gradient"), r"call optimizer\.zero_grad\(\) before\. To accumulate over micro batches, give step\(\) a list of them",
+        lambda g: right(ZEROED), lambda g: accumulated(PLAIN, (5, 3, 4))),
+    row("seeds: two architectures", lambda g: g.fit_seeds([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)]), "must be of one architecture", lambda g: g.fit_seeds()),
+    row("seeds: losses of two kinds", lambda g: g.fit_seeds(losses=[LossNetwork.classification(), LossNetwork.classification(beta=2.0)]),
+        "differ in kind, layers or anchor; all must be of one architecture", lambda g: g.fit_seeds(online=True)),
+    row("seeds: a loss of one's own", lambda g: g.fit_seeds(losses=[Scaled(), Scaled()]), "give LossNetworks of known layers", lambda g: g.fit_seeds(online=True)),
+]  # fmt: skip
+
+ROWS = [*CHECKS, *DATA, *FILES, *TRAINING, *INITIALISING, *COMPARING, *LEARNING, *SERVING]
 
 
 def extra(name):
@@ -562,7 +863,9 @@ def said(case, folder):
     return SAID[case.what]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.what) for case in ROWS])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.what, marks=[pytest.mark.slow] * case.slow) for case in ROWS]
+)
 def test_the_remedy_works(case, tmp_path, counts):
     assert re.search(case.message, said(case, tmp_path / "wrong"), re.DOTALL), SAID[case.what]
     if not case.needs():
@@ -577,12 +880,16 @@ def test_the_remedy_works(case, tmp_path, counts):
 def remedies(module):
     """(line, regular expression) of every message in a module that says what to do."""
     path = Path(adalfl_lite.__file__).parent / f"{module}.py"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")
+    }
+    for node in ast.walk(tree):
         call = node.exc if isinstance(node, ast.Raise) else node
         fails = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_fail"
         if not (isinstance(node, ast.Raise) or fails) or not isinstance(call, ast.Call) or not call.args:
             continue
-        text = call.args[0]
+        text = constants.get(getattr(call.args[0], "id", ""), call.args[0])
         if isinstance(text, ast.Constant):
             text = ast.JoinedStr([text])
         if not isinstance(text, ast.JoinedStr):
