@@ -86,7 +86,7 @@ class CompiledStep:
         self.meta_pass = torch.compile(self._meta_pass, **options)
         self.tangent_pass = torch.compile(self._tangent_pass, **options)
 
-    def __call__(self, batch: Batches, meta_batch: Batches) -> MetaStep:
+    def __call__(self, batch: Batches, meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
         """One step, and what it leaves behind.
 
         Raises:
@@ -94,7 +94,7 @@ class CompiledStep:
             NotImplementedError: the model's derivative is not its backward pass's.
             RuntimeError: ``torch.compile`` cannot serve this model or these batches.
         """
-        with Undo(self.model, self.optimizer) as undo:
+        with undo or Undo(self.model, self.optimizer) as undo:
             check_step(self.model, self.optimizer)
             parts = [*micro_batches(batch), *micro_batches(meta_batch)]
             parameters = optimizer_parameters(self.optimizer)
@@ -108,7 +108,7 @@ class CompiledStep:
                 self.slots = [(name, index[id(t)]) for name, t in slots_of(self.model) if id(t) in index]
             if case != self.case:
                 arguments = (self.model, self.loss_network, self.optimizer, batch, meta_batch, self.task_loss)
-                return forward_mode_step(*arguments, clipping=self.clipping, autocast=self.autocast)
+                return forward_mode_step(*arguments, clipping=self.clipping, autocast=self.autocast, undo=undo)
             if self.loss_network.kind == "classification":  # a compiled kernel reads beyond the end
                 check_targets(parts[0][1], "batch: targets", classes=self.outputs)
                 check_targets(parts[1][1], "meta_batch: targets", classes=self.outputs)

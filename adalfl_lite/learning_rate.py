@@ -40,6 +40,7 @@ from adalfl_lite.metagradient import (
     Batch,
     Batches,
     add,
+    check_apart,
     check_model,
     meta_pass,
     micro_batches,
@@ -156,6 +157,7 @@ class OnlineLearningRate:
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
         check_model(model)
+        check_apart(optimizer)
         self._check(model, optimizer)
         _check_holds(meta_optimizer, learning_rate)
         self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)

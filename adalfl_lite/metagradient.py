@@ -35,6 +35,7 @@ batch), weighted by their lengths, and takes the memory of one of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,9 +43,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules import module as torch_modules
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -63,9 +64,11 @@ from adalfl_lite.passes import (
     forward,
     optimizer_parameters,
     replaced,
+    same_values,
     unmarked,
 )
 from adalfl_lite.tangents import (
+    COMPOSITE,
     EMBEDDINGS,
     FINITE_DIFFERENCE_ERROR,
     LayerOutputs,
@@ -128,6 +131,7 @@ def forward_mode_step(
     clipping: Clipping = NO_CLIPPING,
     autocast: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
+    undo: Undo | None = None,
 ) -> MetaStep:
     """One base step with M_φ and its meta-gradient by equations (1) to (3).
 
@@ -142,6 +146,7 @@ def forward_mode_step(
         clipping: of the gradient, before the optimizer has it.
         autocast: dtype for the model's passes; the losses see float32 predictions.
         process_group: processes that hold equal shares of the batches, see :mod:`adalfl_lite.distributed`.
+        undo: of these models and optimizers, if the step is part of something that may fail later.
 
     Raises:
         NotImplementedError: the model has no derivative of this kind, or one that is not its backward pass's.
@@ -150,7 +155,7 @@ def forward_mode_step(
     """
     parts = micro_batches(batch)
     fan_in = KEPT_FAN_IN if len(parts) == 1 and not finite_difference else math.inf
-    with Undo(model, optimizer) as undo:
+    with undo or Undo(model, optimizer) as undo:
         check_step(model, optimizer)
         passes = (_training_pass(model, part, autocast, fan_in) for part in parts)
         shares, meta_parts = shares_of(parts), micro_batches(meta_batch)
@@ -182,6 +187,7 @@ def shared_forward_step(
     clipping: Clipping = NO_CLIPPING,
     autocast: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
+    undo: Undo | None = None,
 ) -> tuple[MetaStep, ForwardPass]:
     """:func:`forward_mode_step` with the next training batch as its meta batch, and the pass over it, kept.
 
@@ -192,7 +198,7 @@ def shared_forward_step(
     if len(micro_batches(batch)) + len(micro_batches(next_batch)) != 2:
         raise ValueError("engine='shared' takes one batch at a time; for micro batches use engine='forward'")
     (first,), (second,) = micro_batches(batch), micro_batches(next_batch)
-    with Undo(model, optimizer) as undo:
+    with undo or Undo(model, optimizer) as undo:
         check_step(model, optimizer)
         fits = kept is not None and kept.fits(model, first)
         training = _taken_up(model, kept) if kept is not None and fits else _training_pass(model, first, autocast, 0)
@@ -224,6 +230,8 @@ class ForwardPass:
     """The random state before the pass."""
     new_random: RandomState
     """And after it."""
+    found: Attributes
+    """The modules' attributes before the pass."""
     outputs: LayerOutputs = field(repr=False)
     """What its layers gave, as far as it was kept."""
     new_buffers: dict[int, Tensor] = field(default_factory=dict)
@@ -231,12 +239,19 @@ class ForwardPass:
     attributes: Attributes | None = None
     """What it made of the modules' attributes; None if it changed the model's own."""
     circumstances: list[Any] = field(default_factory=list)
-    """All that the pass depended on."""
+    """All that the pass depended on, and copies of its tensors."""
 
     def fits(self, model: nn.Module, batch: Batch) -> bool:
         """Whether a training pass over ``batch`` would repeat this pass."""
-        same = all(ours is theirs for ours, theirs in zip(self.batch, batch, strict=True))
-        return same and self.circumstances == _circumstances(model, batch)
+        if any(ours is not theirs for ours, theirs in zip(self.batch, batch, strict=True)):
+            return False
+        tensors, copies, *rest = self.circumstances
+        now, _, *rest_now = _circumstances(model, batch, copy=False)
+        if rest != rest_now or len(now) != len(tensors) or any(a is not b for a, b in zip(now, tensors, strict=True)):
+            return False
+        if self.random != self.new_random and self.random != RandomState(model):  # it would draw other numbers now
+            return False
+        return bool(same_values(now, copies))  # also what was changed by way of .data or numpy
 
 
 @dataclass(frozen=True)
@@ -283,6 +298,9 @@ def _step(
         backward(passed.prediction, parameters, weighted(share, [derivative.value])[0])
         parts.append(_Part(share, replace(passed, prediction=passed.prediction.detach()), derivative))
         del passed
+    unchanged = same_values(parameters, before)
+    if unchanged.device.type == "cpu" and not unchanged:  # a GPU would have to be waited for
+        raise ValueError(CHANGED)
     learned_loss = average([total([(part.share, part.derivative.loss) for part in parts])], group)[0]
     found = [parameter.grad for parameter in parameters]
     reached = [i for i, gradient in enumerate(found) if gradient is not None]
@@ -326,9 +344,11 @@ def _step(
         passed.random.restore()
         tangent: Tensor | None
         if finite_difference:
-            tangent = finite_difference_tangent(model, state, tangents, passed.batch[0], autocast, passed.prediction)
+            tangent = finite_difference_tangent(
+                model, state, tangents, passed.batch[0], autocast, passed.prediction, passed.found
+            )
         else:
-            tangent = output_tangent(model, state, tangents, passed.batch[0], autocast, passed.outputs)
+            tangent = output_tangent(model, state, tangents, passed.batch[0], autocast, passed.outputs, passed.found)
         u = torch.zeros_like(passed.prediction) if tangent is None else tangent
         along = along + part.share * inner_product(part.derivative.value, u)
         bound = bound + part.share * part.derivative.value.norm().to(along.dtype) * u.norm().to(along.dtype)
@@ -342,6 +362,8 @@ def _step(
     tolerance = tolerance_of(autocast or parts[0].training.prediction.dtype, *(g.dtype for g in gradients))
     tolerance = max(tolerance, FINITE_DIFFERENCE_ERROR if finite_difference else 0)
     check_agreement(gradients, w, along, bound, tolerance=tolerance)
+    if not unchanged:
+        raise ValueError(CHANGED)
     prediction = joined([part.training.prediction for part in parts])
     tangent = None if any(t is None for t in found_tangents) else joined([t for t in found_tangents if t is not None])
     return MetaStep(meta_gradient, learned_loss, task, prediction, tangent), meta
@@ -388,6 +410,7 @@ def unrolled_step(
     *,
     clipping: Clipping = NO_CLIPPING,
     autocast: torch.dtype | None = None,
+    undo: Undo | None = None,
 ) -> MetaStep:
     """``len(batches)`` base steps with M_φ, differentiated by double backward through all of them.
 
@@ -400,8 +423,9 @@ def unrolled_step(
     if not batches:
         raise ValueError("unrolled_step needs at least one training batch, got none")
     phi = [p for p in loss_network.parameters() if p.requires_grad]
-    with Undo(model, optimizer) as undo, differentiable_kernels(model):
+    with undo or Undo(model, optimizer) as undo, differentiable_kernels(model):
         check_step(model, optimizer)
+        _check_no_module_hooks(model)
         parameters = optimizer_parameters(optimizer)
         theta = [b.requires_grad_(p.requires_grad) for b, p in zip(clones(undo.before), parameters, strict=True)]
         state = None
@@ -409,6 +433,7 @@ def unrolled_step(
         for batch in batches:
             step = _unrolled_gradient(model, loss_network, parameters, theta, micro_batches(batch), autocast)
             check_early(step.learned_loss, model)
+            check_delivered(parameters, step.gradients)
             gradients = clipping(step.gradients)
             theta, state = functional_update(optimizer, theta, gradients, state)
             apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
@@ -420,9 +445,9 @@ def unrolled_step(
         for share, (inputs, targets) in zip(shares_of(meta_parts), meta_parts, strict=True):
             with unmarked(model), replaced(model, {**new, **buffers.fresh()}), _twice_differentiable():
                 losses.append((share, task_loss(forward(model, inputs, autocast), targets)))
-        random.restore()
         meta_loss = total(losses)
         meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
+        random.restore()
         first = steps[0]
         for step, (w, u) in zip(steps, pairs, strict=True):
             given = [g.detach() for g in step.gradients if g is not None]
@@ -456,11 +481,11 @@ def _unrolled_gradient(
     """∇_θ M_φ at ``theta`` in the place of ``parameters``, as J_fᵀ ∂M_φ/∂f, so that both factors can be asked for."""
     gradients: list[Tensor | None] = [None] * len(theta)
     slopes, losses, predictions = [], [], []
-    versions = [t._version for t in theta]
+    versions, copies = [t._version for t in theta], clones(theta)
     for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
         with replaced(model, {id(p): t for p, t in zip(parameters, theta, strict=True)}), _twice_differentiable():
             prediction = forward(model, inputs, autocast)
-        if [t._version for t in theta] != versions:
+        if [t._version for t in theta] != versions or not same_values(theta, copies):
             raise ValueError(CHANGED)
         learned_loss = loss_network(prediction, targets)
         check_scalar(learned_loss)
@@ -496,6 +521,33 @@ def _double_backward(
     return meta_gradient, pairs
 
 
+def check_delivered(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Raise ``ValueError`` unless each parameter's ``.grad`` becomes the gradient that is on its way to it.
+
+    torch shows no hooks of the nodes that accumulate gradients, as distributed libraries use them; but they run here.
+    """
+    pairs = [(p, g.detach()) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    with torch.enable_grad():
+        arriving = [p.view_as(p) for p, _ in pairs]
+    torch.autograd.backward(arriving, [g for _, g in pairs], inputs=[p for p, _ in pairs])
+    delivered = [p.grad for p, _ in pairs]
+    for p, _ in pairs:
+        p.grad = None
+    same = all(d is not None for d in delivered) and same_values(
+        [d for d in delivered if d is not None], [g for _, g in pairs]
+    )
+    if not same and all(torch.isfinite(g).all() for _, g in pairs):
+        raise ValueError("a hook changes a gradient as it is accumulated, unseen by the meta-gradient; remove() it")
+
+
+def _check_no_module_hooks(model: nn.Module) -> None:
+    """Raise ``NotImplementedError`` for hooks that would change ∇L_T, too, as it passes backward through a module."""
+    hooks = [torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks]
+    hooks += [hooks for m in model.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks)]
+    if any(hooks):
+        raise NotImplementedError("a module has a backward hook, which would be differentiated as if it were the model")
+
+
 @contextmanager
 def _differentiated_twice() -> Iterator[None]:
     """Say what is missing where torch has no derivative of a backward pass."""
@@ -515,9 +567,7 @@ class _TwiceDifferentiable(TorchFunctionMode):
     ) -> Any:
         if func in EMBEDDINGS:
             check_embedding(func.__name__, kwargs or {})
-        if func is F.hardsigmoid:
-            return F.relu6(args[0] + 3) / 6
-        return func(*args, **(kwargs or {}))
+        return COMPOSITE.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -579,6 +629,24 @@ def check_model(model: nn.Module) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError("a scripted model does not let its parameters be replaced; give the one it was made from")
+
+
+def check_apart(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` if two parameters share memory: each step of one would be a step of the other, too."""
+    spans = []
+    for parameter in optimizer_parameters(optimizer):
+        if parameter.numel() and parameter.device.type != "meta":
+            extent = sum((n - 1) * abs(s) for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
+            start = parameter.storage_offset()
+            storage = parameter.untyped_storage().data_ptr()
+            spans.append((storage, start, start + extent, tuple(parameter.shape)))
+    spans.sort()
+    for (storage, _, end, shape), (other, start, _, second) in itertools.pairwise(spans):
+        if storage == other and start < end:
+            raise ValueError(
+                f"two parameters, of shapes {shape} and {second}, share memory; use one parameter in both places, or"
+                " clone() one of them"
+            )
 
 
 def check_step(model: nn.Module, optimizer: Optimizer, gradients: bool = True) -> None:
@@ -669,13 +737,13 @@ CHANGED = "the model changes its parameters in place in its forward pass; do tha
 
 def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
     """f(x) as in plain training: buffers, attributes and random state move on."""
-    random, buffers, parameters = RandomState(model), Buffers(model), list(model.parameters())
+    random, buffers, found, parameters = RandomState(model), Buffers(model), Attributes(model), list(model.parameters())
     versions = [parameter._version for parameter in parameters]
     with LayerOutputs(fan_in) as outputs:
         prediction = forward(model, batch[0], autocast)
     if [parameter._version for parameter in parameters] != versions:
         raise ValueError(CHANGED)
-    return ForwardPass(batch, prediction, buffers, random, RandomState(model), outputs)
+    return ForwardPass(batch, prediction, buffers, random, RandomState(model), found, outputs)
 
 
 def meta_pass(
@@ -691,7 +759,7 @@ def meta_pass(
 
     The backward pass is taken before the model has its own buffers back, since a checkpoint passes through it again.
     """
-    random, new_buffers = RandomState(model), buffers.fresh()
+    random, found, new_buffers = RandomState(model), Attributes(model), buffers.fresh()
     with unmarked(model), replaced(model, new_buffers):
         with LayerOutputs(0 if keep else math.inf) as outputs:
             prediction = forward(model, batch[0], autocast)
@@ -699,7 +767,7 @@ def meta_pass(
         loss = task_loss(prediction, batch[1])
         options: dict[str, Any] = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
         v = list(torch.autograd.grad(loss, parameters, **options)) if parameters else []
-    states = (buffers, random, RandomState(model), outputs, new_buffers, attributes)
+    states = (buffers, random, RandomState(model), found, outputs, new_buffers, attributes)
     circumstances = _circumstances(model, batch) if keep else []
     return ForwardPass(batch, prediction, *states, circumstances), loss.detach(), v
 
@@ -711,13 +779,14 @@ def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
             buffer.copy_(kept.new_buffers[id(buffer)])
     if kept.attributes is not None:
         kept.attributes.restore()
-    if RandomState(model) == kept.random:  # else random numbers were drawn since; do not draw them again
-        kept.new_random.restore()
-        return kept
-    return replace(kept, new_random=RandomState(model))
+    if kept.random == kept.new_random:  # the pass draws no numbers; whoever has drawn some since may keep them
+        now = RandomState(model)
+        return replace(kept, random=now, new_random=now)
+    kept.new_random.restore()
+    return kept
 
 
-def _circumstances(model: nn.Module, batch: Batch) -> list[Any]:
-    """Changes with every change in place of a tensor that a pass depends on, and of a module's attributes and mode."""
-    tensors = [*batch, *model.parameters(), *model.buffers()]
-    return [[(id(t), t.data_ptr(), t._version) for t in tensors], Attributes(model)]
+def _circumstances(model: nn.Module, batch: Batch, copy: bool = True) -> list[Any]:
+    """The tensors that a pass depends on, copies of them, which of them ask for gradients, and modules' attributes."""
+    tensors = [batch[0], *model.parameters(), *model.buffers()]
+    return [tensors, clones(tensors) if copy else [], [t.requires_grad for t in tensors], Attributes(model)]

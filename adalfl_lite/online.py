@@ -17,6 +17,7 @@ from adalfl_lite.metagradient import (
     Batches,
     ForwardPass,
     MetaStep,
+    check_apart,
     check_model,
     check_step,
     forward_mode_step,
@@ -86,6 +87,7 @@ class OnlineLoss:
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
         check_step(model, optimizer, gradients=False)
+        check_apart(optimizer)
         self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         if clip_meta_gradient is not None and not clip_meta_gradient > 0:
             raise ValueError(f"clip_meta_gradient must be positive, or None not to clip; got {clip_meta_gradient}")
@@ -98,6 +100,7 @@ class OnlineLoss:
         self.clip_meta_gradient, self.engine, self.autocast = clip_meta_gradient, engine, autocast
         self.process_group = process_group
         self._kept: ForwardPass | None = None
+        self._begun = False
         if process_group is not None:
             if engine == "unrolled":
                 raise ValueError("engine='unrolled' runs in one process; leave process_group out")
@@ -139,9 +142,9 @@ class OnlineLoss:
         dtypes = [micro_batches(given)[0][1].dtype for given in (batch, meta_batch)]
         if dtypes[0] != dtypes[1]:
             raise ValueError(f"targets are {dtypes[0]} in batch, {dtypes[1]} in meta_batch; give the same")
-        with Undo(self.model, self.optimizer, self.meta_optimizer):
+        with self._undo() as undo:
             try:
-                result = self.meta_gradient([batch], meta_batch)
+                result = self._meta_gradient([batch], meta_batch, undo)
                 self.apply_meta_gradient(result)
             except FloatingPointError:
                 for name, given in (("batch", batch), ("meta_batch", meta_batch)):
@@ -154,22 +157,34 @@ class OnlineLoss:
         """Update θ on ``batches``, one inner step each, and return ∇_φ L_T; φ stays. Errors as in :meth:`step`."""
         if len(batches) != 1 and self.process_group is not None:
             raise ValueError(f"with a process_group one inner step is taken at a time, got {len(batches)} batches")
+        with self._undo() as undo:
+            return self._meta_gradient(batches, meta_batch, undo)
+
+    def _undo(self) -> Undo:
+        """Of a whole step; the first one shows whether the model changes parameters that are frozen."""
+        return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=not self._begun)
+
+    def _meta_gradient(self, batches: Sequence[Batches], meta_batch: Batches, undo: Undo) -> MetaStep:
         engine = "unrolled" if len(batches) != 1 else self.engine
         try:
-            return self._taken_by(engine, batches, meta_batch)
+            result = self._taken_by(engine, batches, meta_batch, undo)
+            self._begun = True
+            return result
         except NotImplementedError as error:
             remedy = self._remedy(engine, batches, meta_batch)
             raise NotImplementedError(f"engine={engine!r} cannot serve this model: {error}; {remedy}") from error
 
-    def _taken_by(self, engine: str, batches: Sequence[Batches], meta_batch: Batches) -> MetaStep:
+    def _taken_by(self, engine: str, batches: Sequence[Batches], meta_batch: Batches, undo: Undo) -> MetaStep:
         """The step, by the engine of that name."""
         parts = (self.model, self.loss_network, self.optimizer)
         clipping, autocast, group = self.clipping, self.autocast, self.process_group
         if engine == "unrolled":
-            return unrolled_step(*parts, batches, meta_batch, self.task_loss, clipping=clipping, autocast=autocast)
+            return unrolled_step(
+                *parts, batches, meta_batch, self.task_loss, clipping=clipping, autocast=autocast, undo=undo
+            )
         (batch,) = batches
         if self.compiled is not None:
-            return self.compiled(batch, meta_batch)
+            return self.compiled(batch, meta_batch, undo)
         if engine == "shared":
             kept, self._kept = self._kept, None  # not to be used twice, should this step fail
             result, self._kept = shared_forward_step(
@@ -181,6 +196,7 @@ class OnlineLoss:
                 clipping=clipping,
                 autocast=autocast,
                 process_group=group,
+                undo=undo,
             )
             return result
         return forward_mode_step(
@@ -192,6 +208,7 @@ class OnlineLoss:
             clipping=clipping,
             autocast=autocast,
             process_group=group,
+            undo=undo,
         )
 
     def _remedy(self, failed: str, batches: Sequence[Batches], meta_batch: Batches) -> str:
@@ -206,8 +223,8 @@ class OnlineLoss:
     def _serves(self, name: str, batches: Sequence[Batches], meta_batch: Batches) -> bool:
         """Whether an engine can take this step; it is undone."""
         try:
-            with Undo(self.model, self.optimizer):
-                self._taken_by(name, batches, meta_batch)
+            with self._undo() as undo:
+                self._taken_by(name, batches, meta_batch, undo)
                 raise _Undone
         except _Undone:
             return True

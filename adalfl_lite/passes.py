@@ -34,17 +34,16 @@ def replaced(model: nn.Module, tensors: Replacements) -> Iterator[None]:
     """Run a block with other tensors in the place of the model's own parameters and buffers.
 
     What is replaced is the tensor, not a name: a parameter that has several names, or a module that is used several
-    times, gets the same replacement everywhere. Afterwards each slot holds the very object that it held before, also
-    if the model's forward pass has put another one there.
+    times, gets the same replacement everywhere. Afterwards each of these slots holds the very object that it held
+    before, also if the model's forward pass has put another one there.
     """
     stores: list[dict[str, Any]] = [store for m in model.modules() for store in (m._parameters, m._buffers) if store]
-    slots = [(store, name, tensor) for store in stores for name, tensor in store.items() if tensor is not None]
+    slots = [(store, name, tensor) for store in stores for name, tensor in store.items() if id(tensor) in tensors]
     recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
     lists = [(m, m._flat_weights, m._flat_weight_refs) for m in recurrent]
     try:
         for store, name, tensor in slots:
-            if id(tensor) in tensors:
-                store[name] = tensors[id(tensor)]
+            store[name] = tensors[id(tensor)]
         yield
     finally:
         for store, name, tensor in slots:
@@ -134,10 +133,11 @@ class Undo:
     Args:
         model: what is trained.
         optimizers: of its parameters, and of what is meta-learned beside it.
+        frozen: copy the parameters that no optimizer holds too, for a model that might change them in its passes.
     """
 
-    def __init__(self, model: nn.Module, *optimizers: Optimizer):
-        self.model, self.optimizers = model, optimizers
+    def __init__(self, model: nn.Module, *optimizers: Optimizer, frozen: bool = False):
+        self.model, self.optimizers, self.with_frozen = model, optimizers, frozen
         self.before: list[Tensor] = []
         """θ before the step: copies of the first optimizer's parameters, in its order."""
         self._depth = 0
@@ -158,6 +158,9 @@ class Undo:
             self.buffers, self.attributes = Buffers(self.model), Attributes(self.model)
             self.stores = [(m._buffers, dict(m._buffers)) for m in self.model.modules() if m._buffers]
             self.random = RandomState(self.model)
+            held = {id(parameter) for parameters in self.parameters for parameter in parameters}
+            others = [p for p in self.model.parameters() if self.with_frozen and id(p) not in held]
+            self.frozen = list(zip(others, clones(others), strict=True))
         except BaseException:
             self._leave()
             raise
@@ -183,6 +186,8 @@ class Undo:
             for parameter, copy, gradient in zip(parameters, copies, gradients, strict=True):
                 parameter.copy_(copy)
                 parameter.grad = gradient
+        for parameter, copy in self.frozen:
+            parameter.copy_(copy)
         for optimizer, settings, state in zip(self.optimizers, self.settings, self.states, strict=True):
             for group, saved in zip(optimizer.param_groups, settings, strict=True):
                 group.update(saved)
@@ -203,6 +208,13 @@ def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies without a graph."""
     return [tensor.detach().clone() for tensor in tensors]
+
+
+def same_values(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
+    """Whether all tensors equal their copies, a boolean scalar on their device; NaN equals nothing."""
+    if not tensors:
+        return torch.tensor(True)
+    return torch.stack([torch.eq(a, b).all() for a, b in zip(tensors, copies, strict=True)]).all()
 
 
 def _copied_state(optimizer: Optimizer) -> list[tuple[Tensor, dict]]:

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from adalfl_lite.passes import Replacements, differentiable_kernels, forward, replaced, unmarked
+from adalfl_lite.passes import Attributes, Replacements, differentiable_kernels, forward, replaced, unmarked
 
 Tangents = Mapping[int, tuple[Tensor, Tensor]]
 """id of a parameter -> (θ, w)."""
@@ -96,6 +96,7 @@ def output_tangent(
     inputs: Tensor,
     autocast: torch.dtype | None,
     outputs: LayerOutputs | None = None,
+    attributes: Attributes | None = None,
 ) -> Tensor | None:
     """u = J_f(θ) w, (B, C), by forward-mode differentiation; None if the output does not depend on θ.
 
@@ -106,6 +107,7 @@ def output_tangent(
         inputs: x.
         autocast: dtype for the pass.
         outputs: of a pass over x at θ, with the same random numbers; used up.
+        attributes: of the modules, as that pass found them; None leaves them as they are.
 
     Raises:
         NotImplementedError: an operation of the model has no forward-mode derivative.
@@ -118,6 +120,8 @@ def output_tangent(
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
         duals = {key: forward_ad.make_dual(theta, w) for key, (theta, w) in tangents.items()}
         with unmarked(model), replaced(model, {**fixed, **state, **duals}), differentiable_kernels(model):
+            if attributes is not None:
+                attributes.restore()
             try:
                 with rules:
                     output = forward(model, inputs, autocast)
@@ -137,6 +141,7 @@ def finite_difference_tangent(
     inputs: Tensor,
     autocast: torch.dtype | None,
     prediction: Tensor,
+    attributes: Attributes | None = None,
 ) -> Tensor:
     """u ≈ (f(θ + εw) − f(θ)) / ε, (B, C), with f(θ) given as ``prediction``; arguments as above.
 
@@ -151,6 +156,8 @@ def finite_difference_tangent(
     epsilon = 0.1 * precision**0.5 * (1 + torch.stack(theta).norm()) / length
     moved = {key: theta + epsilon * w for key, (theta, w) in tangents.items()}
     with unmarked(model), replaced(model, {**state, **moved}):
+        if attributes is not None:
+            attributes.restore()
         return (forward(model, inputs, autocast) - prediction) / epsilon
 
 
@@ -216,6 +223,9 @@ class _Rules(TorchFunctionMode):
         if not torch.is_grad_enabled():
             output = self.outputs.take() if func in LAYERS else None  # is constant itself, and kept in its order
             return _constant(func, args, kwargs or {}) if output is None else output
+        if func in COMPOSITE:
+            with self:
+                return COMPOSITE[func](*args, **(kwargs or {}))
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         if func in LAYERS:
@@ -234,6 +244,59 @@ def _constant(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     output = func(*tree_map_only(Tensor, value, args), **tree_map_only(Tensor, value, kwargs))
     return values.get(id(output), output)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ‖v‖, the norm over all dimensions but one."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(x + 3, 0), 6) / 6."""
+    return F.relu6(input + 3) / 6
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """The sum or mean of the rows of each bag, by looking up, weighing and adding."""
+    if mode not in ("sum", "mean"):
+        raise NotImplementedError(f"an embedding bag with mode={mode!r} has no such derivative")
+    check_embedding("embedding_bag", {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse})
+    ids = input.reshape(-1)
+    if offsets is None:
+        count, bags = len(input), torch.arange(len(input), device=ids.device).repeat_interleave(input.shape[1])
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+        count = len(starts)
+        bags = torch.searchsorted(starts, torch.arange(len(ids), device=ids.device), right=True) - 1
+    weights = torch.ones_like(ids, dtype=weight.dtype)
+    if padding_idx is not None:
+        weights = weights * (ids != padding_idx % len(weight))
+    sizes = torch.zeros(count, dtype=weight.dtype, device=ids.device).index_add(0, bags, weights)
+    rows = F.embedding(ids, weight) * weights[:, None]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.reshape(-1, 1)
+    sums = torch.zeros(count, weight.shape[1], dtype=weight.dtype, device=ids.device).index_add(0, bags, rows)
+    return sums / sizes.clamp(min=1)[:, None] if mode == "mean" else sums
+
+
+COMPOSITE: dict[Callable, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,
+    F.hardsigmoid: _hardsigmoid,
+    F.embedding_bag: _embedding_bag,
+}
+"""Functions of torch that lack a derivative, or have a wrong one, as compositions of others that have it."""
 
 
 def _layer(
