@@ -421,7 +421,6 @@ NO_ENGINE = between(ReverseOnce.apply)
 REVERSED = between(lambda h: 3 * h.detach() - 2 * h)
 """The same of what torch differentiates."""
 
-EMBEDDING_BAG = ALL["nn.EmbeddingBag, sum"]
 BRANCHING = "within: conditional on the mean"
 CHANGING = "weights changed in the forward pass"
 
@@ -786,8 +785,6 @@ SERVING = [
         lambda g: right("activation hook that scales", "unrolled")),
     row("a hook on an activation, guarded", lambda g: learn("activation hook that scales, guarded"), "a hook on an activation.*; engine='unrolled' can$",
         lambda g: right("activation hook that scales, guarded", "unrolled")),
-    *(row(f"a bag of embeddings, {engine}", lambda g, engine=engine: learn(EMBEDDING_BAG, engine), "; engine='finite-difference' can, which is approximate$",
-        lambda g: right(replace(EMBEDDING_BAG, tolerance=1e-4), "finite-difference")) for engine in ("forward", "shared", "unrolled")),
     row("a checkpoint, unrolled", lambda g: learn("checkpoint", "unrolled"), "a checkpoint, or .*; engine='forward' can$", lambda g: right("checkpoint")),
     *(row(f"served by none, {engine}", lambda g, engine=engine: learn(NO_ENGINE, engine), "; no engine can; replace that part of the model by one that torch can differentiate$",
         *(lambda g, other=other: right(REVERSED, other) for other in ("forward", "shared", "unrolled")))
@@ -923,3 +920,9 @@ def test_a_remedy_without_a_row_would_be_found(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules[__name__], "ROWS", CHECKS)
     with pytest.raises(AssertionError, match="training:.*such as MultiStepLR"):
         test_every_remedy_has_a_row(tmp_path)
+
+
+@pytest.mark.parametrize("clips", [*CLIPS.values(), "step hook that clips, Adam", "a step that was replaced and clips"])
+def test_the_clipping_that_is_replaced_was_at_work(clips):
+    with pytest.raises(AssertionError, match="is not the plain loop's|plain loop"):
+        right(bare(clips), loop=clips)
