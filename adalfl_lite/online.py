@@ -218,7 +218,7 @@ class OnlineLoss:
                 if name != failed and self._serves(name, batches, meta_batch):
                     approximate = ", which is approximate" * (name == "finite-difference")
                     return f"engine={name!r} can{approximate}"
-        return "no engine can; replace that part of the model by one that torch can differentiate"
+        return "no engine can; remove() the hook, or replace that part of the model by one that torch can differentiate"
 
     def _serves(self, name: str, batches: Sequence[Batches], meta_batch: Batches) -> bool:
         """Whether an engine can take this step; it is undone."""

@@ -30,6 +30,8 @@ from adalfl_lite import LossNetwork, OnlineLoss
 ENGINES = ("forward", "shared", "unrolled")
 TOLERANCE = 1e-5
 CLIP = 1e-4
+WIDTHS = ("min-width: 7em", "min-width: 6em", "min-width: 9em; overflow-wrap: anywhere")
+"""Of the table's columns, on a phone."""
 
 
 class Layers(nn.Module):
@@ -325,13 +327,13 @@ def table() -> str:
 def in_html(header: list[str], lines: list[list[str]]) -> str:
     """A table with its cells to the left; code and emphasis as in Markdown."""
 
-    def cell(tag: str, text: str, least: str) -> str:
+    def cell(tag: str, text: str, width: str) -> str:
         text = re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text, quote=False))
         text = re.sub(r"[*](.+?)[*]", r"<em>\1</em>", text)
-        return f'<{tag} style="text-align: left; overflow-wrap: anywhere; min-width: {least}">{text}</{tag}>'
+        return f'<{tag} style="text-align: left; padding: 0.3em 0.5em; {width}">{text}</{tag}>'
 
     def row(tag: str, texts: list[str]) -> str:
-        return f"<tr>{''.join(cell(tag, *pair) for pair in zip(texts, ('7em', '5.5em', '9em'), strict=True))}</tr>"
+        return f"<tr>{''.join(cell(tag, *pair) for pair in zip(texts, WIDTHS, strict=True))}</tr>"
 
     head, rows = row("th", header), "".join(row("td", line) for line in lines)
     return f'<table class="table" style="font-size: 0.8em"><thead>{head}</thead><tbody>{rows}</tbody></table>'

@@ -408,6 +408,13 @@ def data_parallel():
     return nn.parallel.DistributedDataParallel(mlp().double())
 
 
+def cloned():
+    """Two parameters that began as one."""
+    model = ALL["tied weights"].make().double()
+    model[4].weight = nn.Parameter(model[2].weight.data.clone())
+    return model
+
+
 class ReverseOnce(Reverse):
     """A backward pass that is not the forward's derivative and cannot be differentiated itself."""
 
@@ -422,6 +429,8 @@ REVERSED = between(lambda h: 3 * h.detach() - 2 * h)
 """The same of what torch differentiates."""
 
 BRANCHING = "within: conditional on the mean"
+MAXIMA = "nn.EmbeddingBag, max"
+LOOKING = "module hook that only looks at the gradient"
 CHANGING = "weights changed in the forward pass"
 
 
@@ -430,6 +439,7 @@ def clamped(model, *_):
 
 
 PLAIN = Problem(mlp)
+CLONED = Problem(cloned)
 CLIPS = {"norm": "step hook that clips", "value": Problem(mlp, attach=clamped)}
 ZEROED = Problem(mlp, attach=lambda m, o: (stale(0.01)(m, o), o.zero_grad())[1], steps=1)
 
@@ -785,8 +795,16 @@ SERVING = [
         lambda g: right("activation hook that scales", "unrolled")),
     row("a hook on an activation, guarded", lambda g: learn("activation hook that scales, guarded"), "a hook on an activation.*; engine='unrolled' can$",
         lambda g: right("activation hook that scales, guarded", "unrolled")),
+    *(row(f"a bag of maxima, {engine}", lambda g, engine=engine: learn(MAXIMA, engine), "; engine='finite-difference' can, which is approximate$",
+        lambda g: right(replace(ALL[MAXIMA], tolerance=1e-4), "finite-difference")) for engine in ("forward", "shared", "unrolled")),
+    row("a module's backward hook, unrolled", lambda g: learn(LOOKING, "unrolled"), "a module has a backward hook, .*; engine='forward' can$", lambda g: right(LOOKING)),
+    *(row(f"hooks where gradients are accumulated, {engine}", lambda g, engine=engine: learn("hooks before the accumulating nodes", engine), message,
+        *(lambda g, other=other: right(bare("hooks before the accumulating nodes"), other) for other in ("forward", "shared", "unrolled")))
+      for engine, message in (("forward", r"; no engine can; remove\(\) the hook, or"), ("unrolled", r"; remove\(\) it$"))),
+    row("two parameters of one storage", lambda g: learn("two parameters of one storage"), r"use one parameter in both places, or clone\(\) one of them",
+        lambda g: right("tied weights"), lambda g: right(CLONED)),
     row("a checkpoint, unrolled", lambda g: learn("checkpoint", "unrolled"), "a checkpoint, or .*; engine='forward' can$", lambda g: right("checkpoint")),
-    *(row(f"served by none, {engine}", lambda g, engine=engine: learn(NO_ENGINE, engine), "; no engine can; replace that part of the model by one that torch can differentiate$",
+    *(row(f"served by none, {engine}", lambda g, engine=engine: learn(NO_ENGINE, engine), r"; no engine can; remove\(\) the hook, or replace that part of the model by one that torch can differentiate$",
         *(lambda g, other=other: right(REVERSED, other) for other in ("forward", "shared", "unrolled")))
       for engine in ("forward", "shared", "unrolled", "finite-difference")),
     row("micro batches, shared", lambda g: accumulated(PLAIN, (5, 3, 4), engine="shared"), "for micro batches use engine='forward'",
