@@ -138,9 +138,9 @@ class CompiledStep:
         meta_loss, v = self._run(self.meta_pass, theta, new_buffers, *meta_batch)
         w = unclip(pullback(v))
         tangent, along = self._run(self.tangent_pass, before, w, buffers, phi, prediction, *batch)
-        agreement = inner_product(slope, tangent), slope.norm() * tangent.norm()
         precision = tolerance_of(self.autocast or prediction.dtype, *(g.dtype for g in gradients))
-        check_agreement(gradients, w, *agreement, tolerance=precision)
+        along_w = inner_product(slope, tangent)
+        check_agreement(gradients, w, along_w, lambda: slope.norm() * tangent.norm(), tolerance=precision)
         wanted = [g for g, p in zip(along, self.loss_network.parameters(), strict=True) if p.requires_grad]
         # cloned, since a CUDA graph writes its results to the same place at every step
         meta_gradient, *others = wanted, learned_loss, meta_loss, prediction, tangent

@@ -40,6 +40,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +59,13 @@ from adalfl_lite.passes import (
     Buffers,
     RandomState,
     Undo,
+    buffers_of,
     clones,
     differentiable_kernels,
     eval_mode,
     forward,
     optimizer_parameters,
+    parameters_of,
     replaced,
     same_values,
     unmarked,
@@ -251,7 +254,7 @@ class ForwardPass:
             return False
         if self.random != self.new_random and self.random != RandomState(model):  # it would draw other numbers now
             return False
-        return bool(same_values(now, copies))  # also what was changed by way of .data or numpy
+        return same_values(now, copies)  # also what was changed by way of .data or numpy
 
 
 @dataclass(frozen=True)
@@ -298,8 +301,7 @@ def _step(
         backward(passed.prediction, parameters, weighted(share, [derivative.value])[0])
         parts.append(_Part(share, replace(passed, prediction=passed.prediction.detach()), derivative))
         del passed
-    unchanged = same_values(parameters, before)
-    if unchanged.device.type == "cpu" and not unchanged:  # a GPU would have to be waited for
+    if not same_values(parameters, before):
         raise ValueError(CHANGED)
     learned_loss = average([total([(part.share, part.derivative.loss) for part in parts])], group)[0]
     found = [parameter.grad for parameter in parameters]
@@ -335,7 +337,7 @@ def _step(
     # equation (2): u = J_f(θ) w, for each part as its training pass was
     tangents = {id(parameters[i]): (before[i], direction) for i, direction in zip(reached, w, strict=True)}
     unreached = {id(parameters[i]): before[i] for i in set(range(len(before))) - set(reached)}
-    along, bound = torch.zeros((), device=learned_loss.device), torch.zeros((), device=learned_loss.device)
+    along = torch.zeros((), device=learned_loss.device)
     found_tangents: list[Tensor | None] = []
     meta_gradient: list[Tensor] = []
     for part in parts:
@@ -351,7 +353,6 @@ def _step(
             tangent = output_tangent(model, state, tangents, passed.batch[0], autocast, passed.outputs, passed.found)
         u = torch.zeros_like(passed.prediction) if tangent is None else tangent
         along = along + part.share * inner_product(part.derivative.value, u)
-        bound = bound + part.share * part.derivative.value.norm().to(along.dtype) * u.norm().to(along.dtype)
         found_tangents.append(tangent)
 
         # equation (3): ∇_φ ⟨∂M_φ/∂f, u⟩
@@ -361,9 +362,13 @@ def _step(
     *meta_gradient, task, along = average([*meta_gradient, total(meta_losses), along], group)
     tolerance = tolerance_of(autocast or parts[0].training.prediction.dtype, *(g.dtype for g in gradients))
     tolerance = max(tolerance, FINITE_DIFFERENCE_ERROR if finite_difference else 0)
+
+    def bound() -> Tensor:
+        slopes = [part.share * part.derivative.value for part in parts]
+        tangents = [torch.zeros_like(s) if u is None else u for s, u in zip(slopes, found_tangents, strict=True)]
+        return average([_bound(slopes, tangents)], group)[0]
+
     check_agreement(gradients, w, along, bound, tolerance=tolerance)
-    if not unchanged:
-        raise ValueError(CHANGED)
     prediction = joined([part.training.prediction for part in parts])
     tangent = None if any(t is None for t in found_tangents) else joined([t for t in found_tangents if t is not None])
     return MetaStep(meta_gradient, learned_loss, task, prediction, tangent), meta
@@ -453,9 +458,8 @@ def unrolled_step(
             given = [g.detach() for g in step.gradients if g is not None]
             slopes = [s.detach() for s in step.slopes]
             along = sum(inner_product(s, t) for s, t in zip(slopes, u, strict=True))
-            bound = sum(s.norm() * t.norm() for s, t in zip(slopes, u, strict=True))
             precision = tolerance_of(autocast or first.prediction.dtype, *(g.dtype for g in given))
-            check_agreement(given, w, torch.as_tensor(along), torch.as_tensor(bound), tolerance=precision)
+            check_agreement(given, w, torch.as_tensor(along), partial(_bound, slopes, u), tolerance=precision)
     return MetaStep(meta_gradient, first.learned_loss, meta_loss.detach(), first.prediction, None)
 
 
@@ -468,6 +472,12 @@ class _Unrolled:
     """∂M_φ/∂f of each part, times its share."""
     learned_loss: Tensor
     prediction: Tensor
+
+
+def _bound(slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Σ ‖∂M/∂f‖ ‖u‖ over the parts of a batch."""
+    norms = [s.norm() * t.norm() for s, t in zip(slopes, tangents, strict=True)]
+    return sum(norms[1:], norms[0])
 
 
 def _unrolled_gradient(
@@ -737,7 +747,7 @@ CHANGED = "the model changes its parameters in place in its forward pass; do tha
 
 def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
     """f(x) as in plain training: buffers, attributes and random state move on."""
-    random, buffers, found, parameters = RandomState(model), Buffers(model), Attributes(model), list(model.parameters())
+    random, buffers, found, parameters = RandomState(model), Buffers(model), Attributes(model), parameters_of(model)
     versions = [parameter._version for parameter in parameters]
     with LayerOutputs(fan_in) as outputs:
         prediction = forward(model, batch[0], autocast)
@@ -775,7 +785,7 @@ def meta_pass(
 def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
     """Let a meta pass count as the training pass: buffers, attributes and the random state move on as it left them."""
     with torch.no_grad():
-        for buffer in model.buffers():
+        for buffer in buffers_of(model):
             buffer.copy_(kept.new_buffers[id(buffer)])
     if kept.attributes is not None:
         kept.attributes.restore()
@@ -788,5 +798,5 @@ def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
 
 def _circumstances(model: nn.Module, batch: Batch, copy: bool = True) -> list[Any]:
     """The tensors that a pass depends on, copies of them, which of them ask for gradients, and modules' attributes."""
-    tensors = [batch[0], *model.parameters(), *model.buffers()]
+    tensors = [batch[0], *parameters_of(model), *buffers_of(model)]
     return [tensors, clones(tensors) if copy else [], [t.requires_grad for t in tensors], Attributes(model)]

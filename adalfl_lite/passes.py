@@ -29,6 +29,25 @@ Replacements = Mapping[int, Tensor]
 """id of a parameter or buffer of a model -> the tensor to use in its place."""
 
 
+_FOUND: dict[int, list[nn.Module]] = {}
+"""id of a model that a step is being taken of -> its modules, which would else be looked for a dozen times a step."""
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once; within an :class:`Undo` those that there were as it began."""
+    return _FOUND.get(id(model)) or list(model.modules())
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    """All parameters of a model, each once, in the order of ``model.parameters()``."""
+    return list({id(p): p for m in modules_of(model) for p in m._parameters.values() if p is not None}.values())
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """All buffers of a model, each once."""
+    return list({id(b): b for m in modules_of(model) for b in m._buffers.values() if b is not None}.values())
+
+
 @contextmanager
 def replaced(model: nn.Module, tensors: Replacements) -> Iterator[None]:
     """Run a block with other tensors in the place of the model's own parameters and buffers.
@@ -37,9 +56,9 @@ def replaced(model: nn.Module, tensors: Replacements) -> Iterator[None]:
     times, gets the same replacement everywhere. Afterwards each of these slots holds the very object that it held
     before, also if the model's forward pass has put another one there.
     """
-    stores: list[dict[str, Any]] = [store for m in model.modules() for store in (m._parameters, m._buffers) if store]
+    stores: list[dict[str, Any]] = [store for m in modules_of(model) for store in (m._parameters, m._buffers) if store]
     slots = [(store, name, tensor) for store in stores for name, tensor in store.items() if id(tensor) in tensors]
-    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    recurrent = [m for m in modules_of(model) if isinstance(m, nn.RNNBase)]
     lists = [(m, m._flat_weights, m._flat_weight_refs) for m in recurrent]
     try:
         for store, name, tensor in slots:
@@ -66,21 +85,25 @@ class Attributes:
     """The attributes of every module, each as the object it is; not its parameters, buffers and submodules."""
 
     def __init__(self, model: nn.Module):
-        self.values = [(vars(module), vars(module).copy()) for module in model.modules()]
+        self.values = [(vars(module), vars(module).copy()) for module in modules_of(model)]
 
     def __eq__(self, other: object) -> bool:
         """Whether they are the same objects."""
         if not isinstance(other, Attributes) or len(self.values) != len(other.values):
             return False
-        pairs = ((ours, theirs) for (_, ours), (_, theirs) in zip(self.values, other.values, strict=True))
-        return all(a.keys() == b.keys() and all(a[name] is b[name] for name in a) for a, b in pairs)
+        pairs = zip(self.values, other.values, strict=True)
+        return all(_same_objects(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
     def restore(self) -> None:
         """Bring them back."""
         for current, saved in self.values:
-            if len(current) != len(saved) or any(current.get(name, self) is not saved[name] for name in saved):
+            if not _same_objects(current, saved):
                 current.clear()
                 current.update(saved)
+
+
+def _same_objects(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and [*map(id, a.values())] == [*map(id, b.values())]
 
 
 class RandomState:
@@ -110,7 +133,7 @@ class Buffers:
     """Copies of a model's buffers."""
 
     def __init__(self, model: nn.Module):
-        self.copies = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self.copies = [(buffer, buffer.clone()) for buffer in buffers_of(model)]
 
     def fresh(self) -> dict[int, Tensor]:
         """Copies of the copies, to be used in the place of the buffers."""
@@ -148,7 +171,9 @@ class Undo:
         self._depth += 1
         if self._depth > 1:
             return self
+        self._outer = _FOUND.get(id(self.model))
         try:
+            _FOUND[id(self.model)] = list(self.model.modules())
             self.parameters = [optimizer_parameters(optimizer) for optimizer in self.optimizers]
             self.copies = [clones(parameters) for parameters in self.parameters]
             self.before = self.copies[0]
@@ -156,10 +181,10 @@ class Undo:
             self.settings = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
             self.states = [_copied_state(optimizer) for optimizer in self.optimizers]
             self.buffers, self.attributes = Buffers(self.model), Attributes(self.model)
-            self.stores = [(m._buffers, dict(m._buffers)) for m in self.model.modules() if m._buffers]
+            self.stores = [(m._buffers, dict(m._buffers)) for m in modules_of(self.model) if m._buffers]
             self.random = RandomState(self.model)
             held = {id(parameter) for parameters in self.parameters for parameter in parameters}
-            others = [p for p in self.model.parameters() if self.with_frozen and id(p) not in held]
+            others = [p for p in parameters_of(self.model) if self.with_frozen and id(p) not in held]
             self.frozen = list(zip(others, clones(others), strict=True))
         except BaseException:
             self._leave()
@@ -178,6 +203,10 @@ class Undo:
 
     def _leave(self) -> None:
         self._depth -= 1
+        if not self._depth:
+            _FOUND.pop(id(self.model), None)
+            if self._outer is not None:
+                _FOUND[id(self.model)] = self._outer
         LOCK.release()
 
     @torch.no_grad()
@@ -210,21 +239,19 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def same_values(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
-    """Whether all tensors equal their copies, a boolean scalar on their device; NaN equals nothing."""
-    if not tensors:
-        return torch.tensor(True)
-    return torch.stack([torch.eq(a, b).all() for a, b in zip(tensors, copies, strict=True)]).all()
+def same_values(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Whether all tensors equal their copies; NaN equals nothing. A GPU is waited for once."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return all(map(torch.equal, tensors, copies))
+    return bool(torch.stack([torch.eq(a, b).all() for a, b in zip(tensors, copies, strict=True)]).all())
 
 
 def _copied_state(optimizer: Optimizer) -> list[tuple[Tensor, dict]]:
     return [(parameter, _copied(entries)) for parameter, entries in optimizer.state.items()]
 
 
-def _copied(entries: Any) -> Any:
-    if isinstance(entries, dict):
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in entries.items()}
-    return entries
+def _copied(entries: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in entries.items()}
 
 
 def forward(
@@ -261,7 +288,7 @@ def slots_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Without the fused kernels for attention and recurrence, which lack forward mode and second derivatives."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modules_of(model))
     libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
     enabled, fast = [library.enabled for library in libraries], torch.backends.mha.get_fastpath_enabled()
     try:
