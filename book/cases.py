@@ -307,7 +307,7 @@ def verdicts() -> dict[str, dict[str, str]]:
 
 def parted(message: str) -> tuple[str, str]:
     """The first clause of a message, and its remedy."""
-    message = re.sub(r"^engine='\S+' cannot serve this model: | of shape \(.*?\)|, which is approximate", "", message)
+    message = re.sub(r"^engine='\S+' cannot serve this model: | of shape \(.*?\)", "", message)
     what, _, remedy = message.rpartition("; ") if "; engine=" in message else message.partition("; ")
     return re.split(r": |; | \(along", what)[0], remedy
 
