@@ -73,7 +73,6 @@ from adalfl_lite.passes import (
 from adalfl_lite.tangents import (
     COMPOSITE,
     EMBEDDINGS,
-    FINITE_DIFFERENCE_ERROR,
     LayerOutputs,
     check_agreement,
     check_embedding,
@@ -360,8 +359,8 @@ def _step(
     parts[-1].training.new_random.restore()
 
     *meta_gradient, task, along = average([*meta_gradient, total(meta_losses), along], group)
-    tolerance = tolerance_of(autocast or parts[0].training.prediction.dtype, *(g.dtype for g in gradients))
-    tolerance = max(tolerance, FINITE_DIFFERENCE_ERROR if finite_difference else 0)
+    dtypes = [autocast or parts[0].training.prediction.dtype, *(g.dtype for g in gradients)]
+    tolerance = tolerance_of(*dtypes, finite_difference=finite_difference)
 
     def bound() -> Tensor:
         slopes = [part.share * part.derivative.value for part in parts]

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.metagradient import apply_gradients, check_model
-from adalfl_lite.passes import Undo, differentiable_kernels, replaced
+from adalfl_lite.passes import Undo, differentiable_kernels, replaced, unmarked
 from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
 from adalfl_lite.updates import RULES, changes_gradients, check_no_hooks, update_pullback
 
@@ -39,6 +39,8 @@ class Stack:
         self.parameters = [torch.stack([p.detach() for p in row]).requires_grad_() for row in rows]
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: torch.stack([row[name] for row in buffers]) for name in buffers[0]}
+        self.like_alone = False
+        """Whether a step has shown that a member of the stack is what the model is alone."""
 
     def __call__(self, parameters: Sequence[Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """(S, B, C) for inputs (S, B, ...); ``buffers`` are updated in place, as in train mode."""
@@ -165,9 +167,13 @@ def stacked_step(
     with Undo(stack.model, optimizer) as undo:
         try:
             return _stacked_step(stack, loss, optimizer, kind, batch, meta_batch, undo.before, buffers)
-        except BaseException:
+        except BaseException as error:
             for name, buffer in stack.buffers.items():
                 buffer.copy_(buffers[name])
+            if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+                raise NotImplementedError(
+                    f"these models cannot pass as a stack: {error}; train them with fit, one by one"
+                ) from error
             raise
 
 
@@ -186,10 +192,14 @@ def _stacked_step(
     prediction = stack(stack.parameters, stack.buffers, inputs)
     if loss is None:
         learned = task_losses(kind, prediction, targets)
-        gradients = torch.autograd.grad(learned.sum(), stack.parameters)
+        gradients = torch.autograd.grad(learned.sum(), stack.parameters, retain_graph=not stack.like_alone)
     else:
         learned, slope, derivative = loss.derivatives(prediction.detach(), targets)
         gradients = torch.autograd.grad(prediction, stack.parameters, slope)
+    if not stack.like_alone:
+        cotangent = torch.autograd.grad(learned.sum(), prediction)[0] if loss is None else slope
+        _check_alone(stack, buffers, inputs, prediction, cotangent, gradients)
+        stack.like_alone = True
     pullback = update_pullback(optimizer, gradients) if meta_batch else None
     given = [g.clone() for g in gradients] if changes_gradients(optimizer) else gradients
     apply_gradients(optimizer, stack.parameters, given)
@@ -210,6 +220,31 @@ def _stacked_step(
     along, tolerance = inner_product(slope, tangent), tolerance_of(prediction.dtype)
     check_agreement(gradients, w, along, lambda: slope.norm() * tangent.norm(), tolerance=tolerance)
     return StackedStep(learned, task.detach(), derivative(tangent))
+
+
+def _check_alone(
+    stack: Stack,
+    buffers: dict[str, Tensor],
+    inputs: Tensor,
+    prediction: Tensor,
+    slope: Tensor,
+    gradients: Sequence[Tensor],
+) -> None:
+    """Raise ``NotImplementedError`` unless the first member's pass, forward and backward, is that of a model alone.
+
+    A model that looks at its tensors, as with ``if h.requires_grad``, may do something else within ``vmap``.
+    """
+    theta = [parameter[0].detach().requires_grad_() for parameter in stack.parameters]
+    own = dict(stack.model.named_buffers())
+    tensors = {id(parameter): t for parameter, t in zip(stack.model.parameters(), theta, strict=True)}
+    tensors |= {id(own[name]): buffer[0].clone() for name, buffer in buffers.items()}
+    with unmarked(stack.model), replaced(stack.model, tensors):
+        alone = stack.model(inputs[0])
+        found = torch.autograd.grad(alone, theta, slope[0], allow_unused=True, materialize_grads=True)
+    flat = [torch.cat([g.flatten() for g in given]) for given in (found, [gradient[0] for gradient in gradients])]
+    tolerance = tolerance_of(prediction.dtype)
+    if any((a - b).norm() > tolerance * (a.norm() + b.norm()) for a, b in ((alone, prediction[0]), flat)):
+        raise NotImplementedError("a stack of these models is not what each is alone; train them with fit, one by one")
 
 
 @torch.no_grad()

@@ -40,8 +40,9 @@ Tangents = Mapping[int, tuple[Tensor, Tensor]]
 
 LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
-FINITE_DIFFERENCE_ERROR = 0.05
-"""How far :func:`finite_difference_tangent` may miss the identity of :func:`check_agreement`."""
+FINITE_DIFFERENCE_FACTOR, FINITE_DIFFERENCE_LIMIT = 30.0, 0.05
+"""How much further than rounding alone :func:`finite_difference_tangent` may miss the identity of
+:func:`check_agreement`, and how far at most."""
 
 
 class LayerOutputs(TorchFunctionMode):
@@ -64,7 +65,7 @@ class LayerOutputs(TorchFunctionMode):
             check_embedding(func.__name__, kwargs or {})
         output = func(*args, **(kwargs or {}))
         if func in LAYERS:
-            worth = _weight(*args, **(kwargs or {}))[0].numel() >= self.fan_in
+            worth = _weight(*args, **(kwargs or {})).shape[1:].numel() >= self.fan_in
             self.kept.append((output.detach(), output._version) if worth else None)
         return output
 
@@ -215,9 +216,10 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def tolerance_of(*dtypes: torch.dtype) -> float:
+def tolerance_of(*dtypes: torch.dtype, finite_difference: bool = False) -> float:
     """Of :func:`check_agreement`, for passes of this precision: the root of the machine precision."""
-    return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    root = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    return min(FINITE_DIFFERENCE_FACTOR * root, FINITE_DIFFERENCE_LIMIT) if finite_difference else root
 
 
 class _Rules(TorchFunctionMode):
@@ -301,8 +303,15 @@ def _embedding_bag(
     return sums / sizes.clamp(min=1)[:, None] if mode == "mean" else sums
 
 
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x₁ᵀ A x₂ + b."""
+    output = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return output if bias is None else output + bias
+
+
 COMPOSITE: dict[Callable, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,
+    F.bilinear: _bilinear,
     F.hardsigmoid: _hardsigmoid,
     F.embedding_bag: _embedding_bag,
 }

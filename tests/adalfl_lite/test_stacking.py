@@ -139,3 +139,46 @@ def test_dropout_that_drops_nothing_is_stackable():
     models[0][3].bias.requires_grad_(False)
     with pytest.raises(ValueError, match="some parameters are frozen"):
         check_stackable(models, losses)
+
+
+class Guarded(nn.Module):
+    """Scales a gradient by a hook, where it sees that there will be one."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.first, self.last, self.factor = nn.Linear(5, 7), nn.Linear(7, 3), factor
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if h.requires_grad:
+            h.register_hook(lambda gradient: self.factor * gradient)
+        return self.last(h)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Own(Guarded):
+    def forward(self, x):
+        return self.last(Once.apply(torch.tanh(self.first(x))))
+
+
+@pytest.mark.parametrize("build", [lambda: Guarded(10.0), lambda: Own(1.0)])
+@pytest.mark.parametrize("learned", [True, False])
+def test_models_that_are_something_else_in_a_stack_are_refused_before_they_moved(build, learned):
+    _, losses, (batch, meta_batch) = make()
+    models = [build().double() for _ in range(2)]
+    stack, loss = Stack(models), StackedLoss(losses)
+    optimizer = sgd(stack.parameters)
+    before = copy.deepcopy(stack.state_dict())
+    with pytest.raises(NotImplementedError, match="train them with fit, one by one"):
+        stacked_step(stack, loss if learned else None, optimizer, "regression", batch, meta_batch if learned else None)
+    torch.testing.assert_close(stack.state_dict(), before, rtol=0, atol=0)
+    assert not optimizer.state

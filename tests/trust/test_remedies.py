@@ -523,6 +523,39 @@ def row(what, wrong, message, *remedies, **options):
     return Row(what, wrong, message, remedies, **options)
 
 
+class Steep(nn.Linear):
+    """Scales a gradient by a hook, where it sees that there will be one."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        output = super().forward(x)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: 2 * gradient)
+        return output
+
+
+class Once(torch.autograd.Function):
+    """The identity, in a way that vmap does not know."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Plain(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return Once.apply(super().forward(x))
+
+
 CUDA = {"needs": torch.cuda.is_available}
 
 CHECKS = [
@@ -847,6 +880,10 @@ SERVING = [
         lambda g: ends_where("step hook that projects", bare("step hook that projects"), after=project_all)),
     row("a gradient that is there", lambda g: learn("a stale gradient"), r"call optimizer\.zero_grad\(\) before\. To accumulate over micro batches, give step\(\) a list of them",
         lambda g: right(ZEROED), lambda g: accumulated(PLAIN, (5, 3, 4))),
+    row("seeds: a hook that a stack does not see", lambda g: g.fit_seeds([Steep() for _ in SEEDS], losses=None), "not what each is alone; train them with fit",
+        lambda g: g.fit_finite(model=Steep(), loss=F.cross_entropy)),
+    row("seeds: a function of one's own", lambda g: g.fit_seeds([Plain() for _ in SEEDS]), "cannot pass as a stack: .*; train them with fit",
+        lambda g: g.fit_finite(model=Plain(), loss=F.cross_entropy)),
     row("seeds: two architectures", lambda g: g.fit_seeds([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)]), "must be of one architecture", lambda g: g.fit_seeds()),
     row("seeds: losses of two kinds", lambda g: g.fit_seeds(losses=[LossNetwork.classification(), LossNetwork.classification(beta=2.0)]),
         "differ in kind, layers or anchor; all must be of one architecture", lambda g: g.fit_seeds(online=True)),
