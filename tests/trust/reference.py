@@ -276,8 +276,7 @@ def slope(problem: Problem, steps: int, v: Sequence[Tensor | None], direction: S
 def reference(problem: Problem) -> list[Plain]:
     """Every judged step of the plain loop with the derivatives behind it."""
     found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         for steps in range(1, problem.steps + 1):
             plain, v = plain_run(problem, steps)
             generator = torch.Generator().manual_seed(11 + steps)
@@ -385,8 +384,7 @@ def judge(
     """
     plain = reference(problem) if plain is None else plain
     phi, online = problem.phi(), None
-    with started(problem) as (model, optimizer, _), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), started(problem) as (model, optimizer, _):
         meta_batch = problem.batches(0)
         for i, wanted in enumerate(plain):
             batch, meta_batch = meta_batch, problem.batches(i + 1)

@@ -263,6 +263,9 @@ ARCHITECTURES = {
     ),
     "dropout, train": Problem(with_dropout),
     "dropout, eval": Problem(with_dropout, training=False),
+    "a layer of no width": Problem(
+        lambda: Layers(hidden(lambda self, h: torch.cat([h, self.none(h)], 1)), none=nn.Linear(8, 0))
+    ),
     "dropout of channels": Problem(
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, 4)), sgd, images
     ),
@@ -324,6 +327,9 @@ ARCHITECTURES = {
         lambda: Layers(hidden(lambda self, h: self.more(h) if h[0, 0] > h[1, 0] else h), more=nn.Linear(8, 8)),
         lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
         steps=3,
+    ),
+    "a gradient of which others are made": Problem(
+        lambda: Layers(hidden(lambda self, h: h + self.shift), shift=nn.Parameter(torch.zeros(12, 8)))
     ),
     "parameters without entries, and of one": Problem(
         lambda: Layers(
@@ -1065,8 +1071,7 @@ HOOKS = {
 
 def scheduled(make):
     def attach(model, optimizer):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             optimizer.scheduler = make(optimizer)
         return []
 
@@ -1152,7 +1157,75 @@ ALL |= {f"within: {name}": between(function) for name, function in OPERATIONS.it
 ALL |= {f"scheduled by {name}": Problem(mlp, momentum, **scheduled(make)) for name, make in SCHEDULES.items()}
 ALL |= {f"between two steps: {name}": problem for name, problem in LOOPS.items()}
 
-REFUSED: Refusals = {}
+ALL_ENGINES, FORWARD = " ".join(ENGINES), "forward shared"
+
+REFUSED: Refusals = {
+    "two parameters of one storage": (ALL_ENGINES, "share memory"),
+    "not yet initialised": (ALL_ENGINES, "is of a lazy layer"),
+    "compiled by torch.jit": (ALL_ENGINES, "a scripted model"),
+    "gradient reversal": (FORWARD, "implement the jvp"),
+    "gradient reversal with a tangent": (FORWARD, "disagree"),
+    "straight through": (FORWARD, "implement the jvp"),
+    "gradient saturated within": (ALL_ENGINES, "cannot serve this model"),
+    "random numbers in the backward pass": (FORWARD, "implement the jvp"),
+    "a Function with true derivatives": (FORWARD, "implement the jvp"),
+    "a Function that differentiates once": (ALL_ENGINES, "cannot serve this model"),
+    "a Function that cuts its second derivative": (ALL_ENGINES, "cannot be differentiated"),
+    "a Function in numpy": (ALL_ENGINES, "cannot be differentiated"),
+    "a Function whose forward mode alone is true": (FORWARD, "disagree"),
+    "activation hook that scales": (FORWARD, "cannot register a hook"),
+    "activation hook that scales, guarded": (FORWARD, "disagree"),
+    "activation hook that saturates, guarded": (ALL_ENGINES, "disagree"),
+    "activation hook that only looks": (FORWARD, "cannot register a hook"),
+    "activation whose gradient is retained": (FORWARD, "retain_grad"),
+    "activations kept elsewhere": ("unrolled", "hook on saved tensors"),
+    "activations kept in low precision": (ALL_ENGINES, "cannot serve this model"),
+    "checkpoint": ("unrolled", "a checkpoint"),
+    "checkpoint with dropout": ("unrolled", "a checkpoint"),
+    "checkpoint over a layer": ("unrolled", "a checkpoint"),
+    "checkpoint that draws anew": (ALL_ENGINES, "cannot serve this model"),
+    "checkpoint, reentrant": (ALL_ENGINES, "use_reentrant=True"),
+    "checkpoint with dropout, reentrant": (ALL_ENGINES, "use_reentrant=True"),
+    "nn.EmbeddingBag, max": (ALL_ENGINES, "mode='max'"),
+    "state carried in a buffer": (FORWARD, "disagree"),
+    "a buffer that is rebound": (FORWARD, "disagree"),
+    "noise from its own generator": (FORWARD, "disagree"),
+    "noise from Python": (FORWARD, "disagree"),
+    "noise from numpy": (FORWARD, "disagree"),
+    "changes its input": (FORWARD, "disagree"),
+    "another function when no weight asks for gradients": (FORWARD, "disagree"),
+    "weights changed in the forward pass": (ALL_ENGINES, "changes its parameters in place"),
+    "weights changed in the forward pass, by .data": (ALL_ENGINES, "changes its parameters in place"),
+    "a derivative within the forward pass": (FORWARD, "cannot serve this model"),
+    "a derivative within the forward pass, guarded": (FORWARD, "cannot serve this model"),
+    "hooks on the accumulating nodes": (ALL_ENGINES, "disagree"),
+    "hooks before the accumulating nodes": (ALL_ENGINES, "a hook"),
+    "module hook that scales the gradient": (ALL_ENGINES, "cannot serve this model"),
+    "module pre-hook that scales the gradient": (ALL_ENGINES, "cannot serve this model"),
+    "old module hook that scales the gradient": (ALL_ENGINES, "cannot serve this model"),
+    "hook on all modules that scales the gradient": (ALL_ENGINES, "cannot serve this model"),
+    "module hook that only looks at the gradient": ("unrolled", "a module has a backward hook"),
+    "a step that was replaced and clips": (ALL_ENGINES, "has a step() of its own"),
+    "a step that was replaced and clips, Adam": (ALL_ENGINES, "has a step() of its own"),
+    "a step that was replaced and only counts": (ALL_ENGINES, "has a step() of its own"),
+    "within: distances": (FORWARD, "cannot be differentiated in forward mode"),
+    "within: CTC": (ALL_ENGINES, "cannot be differentiated"),
+    "between two steps: a hook is added": ("shared", "disagree"),
+}
+for what, part in {
+    "max_norm": "shortens its rows",
+    "scale_grad_by_freq": "by frequency",
+    "sparse gradients": "sparse",
+}.items():
+    for layer in ("nn.Embedding", "F.embedding", "nn.EmbeddingBag", "F.embedding_bag"):
+        REFUSED[f"{layer} with {what}"] = (ALL_ENGINES, part)
+for case in HOOKS:
+    if case.startswith(("tensor hook", "accumulation hooks", "multi-grad", "a step within")):
+        REFUSED[case] = (ALL_ENGINES, "has a gradient hook")
+    if case.startswith(("step hook", "hook on all optimizers")):
+        REFUSED[case] = (ALL_ENGINES, "the optimizer has a step hook")
+    if case.startswith(("a stale gradient", "a gradient")):
+        REFUSED[case] = (ALL_ENGINES, "has a .grad already")
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -1309,7 +1382,17 @@ FOLLOWED = {
     if not (which == "complex weights" and name in NOT_FOR_COMPLEX)
 }
 
-REFUSED_OPTIMIZERS: Refusals = {}
+REFUSED_OPTIMIZERS: Refusals = {
+    "Adafactor": (ALL_ENGINES, "has no differentiable update"),
+    "an own optimizer": (ALL_ENGINES, "has no differentiable update"),
+    "an own optimizer that claims a derivative": (ALL_ENGINES, "has a step() of its own"),
+    "a subclass that counts": (ALL_ENGINES, "has a step() of its own"),
+    "a subclass that clips": (ALL_ENGINES, "has a step() of its own"),
+    "a subclass that clips, Adam": (ALL_ENGINES, "has a step() of its own"),
+    "a subclass that projects": (ALL_ENGINES, "has a step() of its own"),
+    "a subclass that centres": (ALL_ENGINES, "has a step() of its own"),
+    "a subclass that looks ahead": (ALL_ENGINES, "has a step() of its own"),
+}
 
 
 @pytest.mark.parametrize("case", FOLLOWED)
