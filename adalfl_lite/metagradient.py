@@ -508,7 +508,9 @@ def _unrolled_gradient(
         slopes.append(slope)
         losses.append((share, learned_loss.detach()))
         predictions.append(prediction.detach())
-    return _Unrolled(gradients, slopes, total(losses), joined(predictions))
+    # views, for one gradient may be made of another, and the derivative along it must not count that way
+    views = [None if g is None else g.view_as(g) for g in gradients]
+    return _Unrolled(views, slopes, total(losses), joined(predictions))
 
 
 def _double_backward(
@@ -796,6 +798,11 @@ def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
 
 
 def _circumstances(model: nn.Module, batch: Batch, copy: bool = True) -> list[Any]:
-    """The tensors that a pass depends on, copies of them, which of them ask for gradients, and modules' attributes."""
+    """The tensors that a pass depends on, copies of them, how often they changed in place, and modules' attributes."""
     tensors = [batch[0], *parameters_of(model), *buffers_of(model)]
-    return [tensors, clones(tensors) if copy else [], [t.requires_grad for t in tensors], Attributes(model)]
+    return [
+        tensors,
+        clones(tensors) if copy else [],
+        [(t._version, t.requires_grad) for t in tensors],
+        Attributes(model),
+    ]

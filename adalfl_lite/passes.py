@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -288,19 +288,17 @@ def slots_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Without the fused kernels for attention and recurrence, which lack forward mode and second derivatives."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in modules_of(model))
-    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
-    enabled, fast = [library.enabled for library in libraries], torch.backends.mha.get_fastpath_enabled()
-    try:
-        for library in libraries:
-            library.enabled = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for library, value in zip(libraries, enabled, strict=True):
-            library.enabled = value
-        torch.backends.mha.set_fastpath_enabled(fast)
+    cudnn, mkldnn, attention = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.mha
+    kept = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
+    fast = attention.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(attention.set_fastpath_enabled, fast)
+        attention.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.RNNBase) for module in modules_of(model)):
+            stack.enter_context(mkldnn.flags(enabled=False))
+            stack.enter_context(cudnn.flags(enabled=False, **kept))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from adalfl_lite.losses import LossNetwork
 from adalfl_lite.metagradient import apply_gradients, check_model
 from adalfl_lite.passes import Undo, differentiable_kernels, replaced, unmarked
 from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
-from adalfl_lite.updates import RULES, changes_gradients, check_no_hooks, update_pullback
+from adalfl_lite.updates import RULES, changes_gradients, check_no_hooks, rule_of, update_pullback
 
 
 class Stack:
@@ -296,5 +296,5 @@ def check_stackable(models: Sequence[nn.Module], losses: Sequence[nn.Module]) ->
 
 def check_elementwise(optimizer: Optimizer) -> None:
     """Raise ``TypeError`` unless the optimizer is known to treat every entry alike, so that a stack suits it."""
-    if type(optimizer) not in RULES:
+    if rule_of(optimizer, RULES) is None:
         raise TypeError(f"{type(optimizer).__name__} is not known to treat every entry alike; use SGD, Adam or AdamW")

@@ -303,15 +303,8 @@ def _embedding_bag(
     return sums / sizes.clamp(min=1)[:, None] if mode == "mean" else sums
 
 
-def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x₁ᵀ A x₂ + b."""
-    output = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
-    return output if bias is None else output + bias
-
-
 COMPOSITE: dict[Callable, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,
-    F.bilinear: _bilinear,
     F.hardsigmoid: _hardsigmoid,
     F.embedding_bag: _embedding_bag,
 }

@@ -181,21 +181,21 @@ def functional_update(
     """
     if state is None:
         state = [_copied(optimizer.state.get(parameter, {})) for parameter in optimizer_parameters(optimizer)]
-    rule = RULES.get(type(optimizer))
+    real = [_real(parameter) for parameter in parameters]
+    slopes = [None if g is None else _real(g) for g in gradients]
+    entries = [_real_entries(of_one) for of_one in state]
+    rule = rule_of(optimizer, RULES)
     if rule is None:
-        safe = [None if g is None else torch.where(g != 0, g, torch.zeros_like(g)) for g in gradients]
-        return _update_of_twin(optimizer, parameters, safe, state)
-    groups = [group for group in optimizer.param_groups for _ in group["params"]]
-    new_parameters, new_state = [], []
-    for parameter, gradient, entries, group in zip(parameters, gradients, state, groups, strict=True):
-        if gradient is None:
-            new, new_entries = parameter, entries
-        else:
-            new, new_entries = rule(_real(parameter), _real(gradient), _real_entries(entries), group)
-            new = _like(new, parameter)
-        new_parameters.append(new)
-        new_state.append(new_entries)
-    return new_parameters, new_state
+        safe = [None if g is None else torch.where(g != 0, g, torch.zeros_like(g)) for g in slopes]
+        new, new_state = _update_of_twin(optimizer, real, safe, entries)
+    else:
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        results = [
+            (parameter, of_one) if gradient is None else rule(parameter, gradient, of_one, group)
+            for parameter, gradient, of_one, group in zip(real, slopes, entries, groups, strict=True)
+        ]
+        new, new_state = [parameter for parameter, _ in results], [of_one for _, of_one in results]
+    return [_like(a, b) for a, b in zip(new, parameters, strict=True)], new_state
 
 
 def _sgd(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tuple[Tensor, dict]:
@@ -232,7 +232,13 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tupl
     return parameter - group["lr"] / (1 - beta1**time) * first / denominator, new
 
 
-RULES = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam}
+RULES = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam}
+
+
+def rule_of(optimizer: Optimizer, table: dict[type[Optimizer], Callable]) -> Callable | None:
+    """The entry of the class whose ``step`` the optimizer takes, also if it inherits that; None if there is none."""
+    step = inspect.unwrap(type(optimizer).step)
+    return next((rule for kind, rule in table.items() if inspect.unwrap(kind.step) is step), None)
 
 
 def _update_of_twin(
@@ -279,7 +285,7 @@ def update_pullback(optimizer: Optimizer, gradients: Gradients) -> Pullback:
     Returns:
         A function of one tensor per parameter that was given a gradient, returning as many tensors of those shapes.
     """
-    slope = SLOPES.get(type(optimizer))
+    slope = rule_of(optimizer, SLOPES)
     parameters = optimizer_parameters(optimizer)
     if slope is not None:
         groups = [group for group in optimizer.param_groups for _ in group["params"]]
@@ -333,4 +339,4 @@ def _adam_slope(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -
     return -slope if group["maximize"] else slope
 
 
-SLOPES = {torch.optim.SGD: _sgd_slope, torch.optim.Adam: _adam_slope, torch.optim.AdamW: _adam_slope}
+SLOPES = {torch.optim.SGD: _sgd_slope, torch.optim.Adam: _adam_slope}
