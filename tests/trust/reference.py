@@ -402,7 +402,7 @@ def judge(
 
 
 def _refusal(error: Exception, step: int, before: dict[str, Any], after: dict[str, Any]) -> Verdict:
-    message = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if not isinstance(error, REFUSALS) or not str(error).strip():
         return Verdict("fault", f"step {step + 1}: not a refusal with a message: {message}")
     changed = [f"{name} ({text})" for name in before if (text := difference(after[name], before[name]))]
