@@ -5,12 +5,15 @@ Read the modules in this order, which is also the direction of every import:
 The method
 
     checks          what is refused, and in which words; files: either whole or absent
+    passes          a model called with other tensors than its own, and put back; a step undone if it fails
     losses          the loss network M_φ, and the task losses
     closed_form     the derivatives of a loss network that learning it needs
     updates         torch's optimizers as pure functions, and their derivatives
     tangents        how the outputs move when the parameters move
     distributed     several processes that learn as one
-    metagradient    one step of the model and ∇_φ of what it led to; compiled: the same as one compiled program
+    steps           what every step shares: what may be trained, batches in parts, gradients; the plain step
+    metagradient    one step of the model and ∇_φ of what it led to, in forward mode
+    unrolled        the same by double backward; compiled: the same as one compiled program
     online          Algorithm 2: the drop-in step
     initialisation  Algorithm 1
     learning_rate   Algorithms 3 and 4: the control that learns a learning rate
@@ -18,7 +21,8 @@ The method
 Training
 
     sources         where data comes from; data: as tensors, split; models: what is trained on it
-    training        fit: history, evaluation, checkpoints
+    checkpoint      what tells one run from another, and how it is taken up again
+    training        fit: history, evaluation
     stacking        several models, or loss networks, as one function; ensemble: several seeds, initialised and fitted
 
 Comparing

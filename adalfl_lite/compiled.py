@@ -27,19 +27,18 @@ from torch.optim import Optimizer
 from adalfl_lite.checks import check_targets, unknown
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.losses import Loss, LossNetwork, output_pairs
-from adalfl_lite.metagradient import (
+from adalfl_lite.metagradient import MetaStep, forward_mode_step
+from adalfl_lite.passes import RandomState, Undo, forward, optimizer_parameters, replaced, slots_of
+from adalfl_lite.steps import (
     NO_CLIPPING,
     Batch,
     Batches,
-    MetaStep,
     apply_gradients,
     check_early,
     check_step,
-    forward_mode_step,
     gradients_of,
     micro_batches,
 )
-from adalfl_lite.passes import RandomState, Undo, forward, optimizer_parameters, replaced, slots_of
 from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
 from adalfl_lite.updates import Clipping, changes_gradients, update_pullback
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from adalfl_lite.checkpoint import describe, describe_model, resume_checkpoint, save_checkpoint
 from adalfl_lite.checks import check_counts, check_factories, check_initialised, check_used
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.files import check_writable
@@ -38,7 +39,6 @@ from adalfl_lite.initialisation import (
     validator,
 )
 from adalfl_lite.losses import LossNetwork, task_error, task_loss
-from adalfl_lite.metagradient import Batch
 from adalfl_lite.online import META_LEARNING_RATE
 from adalfl_lite.stacking import (
     Stack,
@@ -50,7 +50,8 @@ from adalfl_lite.stacking import (
     stacked_step,
     task_losses,
 )
-from adalfl_lite.training import describe, describe_model, evaluate, resume_checkpoint, save_checkpoint
+from adalfl_lite.steps import Batch
+from adalfl_lite.training import evaluate
 
 
 def fit_seeds(

@@ -32,6 +32,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from adalfl_lite.checkpoint import without_addresses
 from adalfl_lite.files import atomic_path
 from adalfl_lite.methods import (
     MAIN_METHODS,
@@ -45,7 +46,7 @@ from adalfl_lite.methods import (
 )
 from adalfl_lite.tasks import Task, get_task
 from adalfl_lite.together import prepare_together, runs_together, train_together
-from adalfl_lite.training import Callback, without_addresses
+from adalfl_lite.training import Callback
 
 __all__ = [
     "MAIN_METHODS",

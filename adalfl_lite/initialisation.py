@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from adalfl_lite.checks import check_counts, check_factories, check_pair, check_used
 from adalfl_lite.losses import Loss, LossNetwork, task_error
-from adalfl_lite.metagradient import NO_CLIPPING, Batch, eval_mode, plain_step
 from adalfl_lite.online import ENGINES, OnlineLoss, default_task_loss
+from adalfl_lite.passes import eval_mode
+from adalfl_lite.steps import NO_CLIPPING, Batch, plain_step
 from adalfl_lite.updates import Clipping
 
 MakeModel = Callable[[], nn.Module]

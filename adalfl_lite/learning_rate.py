@@ -36,20 +36,20 @@ from adalfl_lite.initialisation import (
     validator,
 )
 from adalfl_lite.losses import Loss, task_error, task_loss
-from adalfl_lite.metagradient import (
+from adalfl_lite.metagradient import meta_pass
+from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
+from adalfl_lite.steps import (
     Batch,
     Batches,
     add,
     check_apart,
     check_model,
-    meta_pass,
     micro_batches,
     plain_step,
     shares_of,
     total,
     weighted,
 )
-from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
 from adalfl_lite.updates import Clipping, check_no_gradient, check_no_hooks, check_own_step
 
 PROPORTIONAL = (

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalfl_lite.losses import check_regression
-from adalfl_lite.metagradient import eval_mode
+from adalfl_lite.passes import eval_mode
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 """Called as (predicted, true), both (B,) with B even: example i is paired with i + B/2. Returns a scalar, a mean."""

@@ -18,8 +18,7 @@ are what is needed beyond plain training's memory. Two options save more time:
   next step's training pass, kept until φ is known, with the outputs of all its layers; same numbers, one forward pass
   less.
 
-``unrolled_step`` differentiates through any number of inner steps with autograd: the reference, and the engine for
-models or optimizers forward mode cannot serve.
+Models and optimizers that forward mode cannot serve are for :mod:`adalfl_lite.unrolled`.
 
 Each checks (2) at every step by the identity ⟨∇_θ M_φ, w⟩ = ⟨g, u⟩, both sides of which are the derivative of M_φ along
 w (:func:`~adalfl_lite.tangents.check_agreement`): where they differ, the model's backward pass is not the one that u
@@ -35,22 +34,17 @@ batch), weighted by their lengths, and takes the memory of one of them.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules import module as torch_modules
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
-from adalfl_lite.checks import check_finite, check_scalar, check_trainable
+from adalfl_lite.checks import check_scalar
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.distributed import average
 from adalfl_lite.losses import Loss, LossNetwork, output_pairs
@@ -61,8 +55,6 @@ from adalfl_lite.passes import (
     Undo,
     buffers_of,
     clones,
-    differentiable_kernels,
-    eval_mode,
     forward,
     optimizer_parameters,
     parameters_of,
@@ -70,39 +62,36 @@ from adalfl_lite.passes import (
     same_values,
     unmarked,
 )
+from adalfl_lite.steps import (
+    CHANGED,
+    NO_CLIPPING,
+    Batch,
+    Batches,
+    add,
+    apply_gradients,
+    backward,
+    check_early,
+    check_step,
+    joined,
+    micro_batches,
+    shares_of,
+    total,
+    weighted,
+)
 from adalfl_lite.tangents import (
-    COMPOSITE,
-    EMBEDDINGS,
     LayerOutputs,
+    bound_of,
     check_agreement,
-    check_embedding,
     finite_difference_tangent,
     inner_product,
     output_tangent,
     tolerance_of,
 )
-from adalfl_lite.updates import (
-    Clipping,
-    changes_gradients,
-    check_differentiable,
-    check_no_gradient,
-    check_no_hooks,
-    functional_update,
-    update_pullback,
-)
-
-__all__ = ["MetaStep", "eval_mode", "forward_mode_step", "plain_step", "shared_forward_step", "unrolled_step"]
-
-Batch = tuple[Tensor, Tensor]
-
-Batches = Batch | Sequence[Batch]
-"""A batch, or a list of micro batches."""
+from adalfl_lite.updates import Clipping, changes_gradients, update_pullback
 
 KEPT_FAN_IN = 1000
 """``forward_mode_step`` keeps the outputs of layers with at least so many inputs for the tangent pass, see
 :class:`~adalfl_lite.tangents.LayerOutputs`."""
-
-NO_CLIPPING = Clipping()
 
 
 @dataclass(frozen=True)
@@ -365,7 +354,7 @@ def _step(
     def bound() -> Tensor:
         slopes = [part.share * part.derivative.value for part in parts]
         tangents = [torch.zeros_like(s) if u is None else u for s, u in zip(slopes, found_tangents, strict=True)]
-        return average([_bound(slopes, tangents)], group)[0]
+        return average([bound_of(slopes, tangents)], group)[0]
 
     check_agreement(gradients, w, along, bound, tolerance=tolerance)
     prediction = joined([part.training.prediction for part in parts])
@@ -402,348 +391,6 @@ class _OutputDerivative:
         phi = [p for p in parameters if p.requires_grad]
         options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
         return list(torch.autograd.grad(self.graph, phi, tangent, **options))
-
-
-def unrolled_step(
-    model: nn.Module,
-    loss_network: nn.Module,
-    optimizer: Optimizer,
-    batches: Sequence[Batches],
-    meta_batch: Batches,
-    task_loss: Loss,
-    *,
-    clipping: Clipping = NO_CLIPPING,
-    autocast: torch.dtype | None = None,
-    undo: Undo | None = None,
-) -> MetaStep:
-    """``len(batches)`` base steps with M_φ, differentiated by double backward through all of them.
-
-    Arguments and result are those of :func:`forward_mode_step`; ``learned_loss`` and ``prediction`` are the first
-    step's. The real optimizer takes the same steps, so θ and its state end bit for bit where torch.optim puts them.
-
-    What the model holds constant in its backward pass (``torch.no_grad``, ``detach``) is a constant in the derivative
-    of several steps too.
-    """
-    if not batches:
-        raise ValueError("unrolled_step needs at least one training batch, got none")
-    phi = [p for p in loss_network.parameters() if p.requires_grad]
-    with undo or Undo(model, optimizer) as undo, differentiable_kernels(model):
-        check_step(model, optimizer)
-        _check_no_module_hooks(model)
-        parameters = optimizer_parameters(optimizer)
-        theta = [b.requires_grad_(p.requires_grad) for b, p in zip(clones(undo.before), parameters, strict=True)]
-        state = None
-        steps: list[_Unrolled] = []
-        for batch in batches:
-            step = _unrolled_gradient(model, loss_network, parameters, theta, micro_batches(batch), autocast)
-            check_early(step.learned_loss, model)
-            check_delivered(parameters, step.gradients)
-            gradients = clipping(step.gradients)
-            theta, state = functional_update(optimizer, theta, gradients, state)
-            apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
-            steps.append(step)
-        buffers, random = Buffers(model), RandomState(model)
-        losses = []
-        meta_parts = micro_batches(meta_batch)
-        new = {id(p): t for p, t in zip(parameters, theta, strict=True)}
-        for share, (inputs, targets) in zip(shares_of(meta_parts), meta_parts, strict=True):
-            with unmarked(model), replaced(model, {**new, **buffers.fresh()}), _twice_differentiable():
-                losses.append((share, task_loss(forward(model, inputs, autocast), targets)))
-        meta_loss = total(losses)
-        meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
-        random.restore()
-        first = steps[0]
-        for step, (w, u) in zip(steps, pairs, strict=True):
-            given = [g.detach() for g in step.gradients if g is not None]
-            slopes = [s.detach() for s in step.slopes]
-            along = sum(inner_product(s, t) for s, t in zip(slopes, u, strict=True))
-            precision = tolerance_of(autocast or first.prediction.dtype, *(g.dtype for g in given))
-            check_agreement(given, w, torch.as_tensor(along), partial(_bound, slopes, u), tolerance=precision)
-    return MetaStep(meta_gradient, first.learned_loss, meta_loss.detach(), first.prediction, None)
-
-
-@dataclass(frozen=True)
-class _Unrolled:
-    """An inner step's gradient with its graph."""
-
-    gradients: list[Tensor | None]
-    slopes: list[Tensor]
-    """∂M_φ/∂f of each part, times its share."""
-    learned_loss: Tensor
-    prediction: Tensor
-
-
-def _bound(slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """Σ ‖∂M/∂f‖ ‖u‖ over the parts of a batch."""
-    norms = [s.norm() * t.norm() for s, t in zip(slopes, tangents, strict=True)]
-    return sum(norms[1:], norms[0])
-
-
-def _unrolled_gradient(
-    model: nn.Module,
-    loss_network: nn.Module,
-    parameters: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    parts: Sequence[Batch],
-    autocast: torch.dtype | None,
-) -> _Unrolled:
-    """∇_θ M_φ at ``theta`` in the place of ``parameters``, as J_fᵀ ∂M_φ/∂f, so that both factors can be asked for."""
-    gradients: list[Tensor | None] = [None] * len(theta)
-    slopes, losses, predictions = [], [], []
-    versions, copies = [t._version for t in theta], clones(theta)
-    for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
-        with replaced(model, {id(p): t for p, t in zip(parameters, theta, strict=True)}), _twice_differentiable():
-            prediction = forward(model, inputs, autocast)
-        if [t._version for t in theta] != versions or not same_values(theta, copies):
-            raise ValueError(CHANGED)
-        learned_loss = loss_network(prediction, targets)
-        check_scalar(learned_loss)
-        with _differentiated_twice():
-            (slope,) = weighted(share, torch.autograd.grad(learned_loss, prediction, create_graph=True))
-            found = gradients_of(prediction, theta, grad_outputs=slope, create_graph=True)
-        for i, gradient in enumerate(found):
-            if gradient is not None:
-                earlier = gradients[i]
-                gradients[i] = gradient if earlier is None else earlier + gradient
-        slopes.append(slope)
-        losses.append((share, learned_loss.detach()))
-        predictions.append(prediction.detach())
-    # views, for one gradient may be made of another, and the derivative along it must not count that way
-    views = [None if g is None else g.view_as(g) for g in gradients]
-    return _Unrolled(views, slopes, total(losses), joined(predictions))
-
-
-def _double_backward(
-    meta_loss: Tensor, phi: Sequence[Tensor], steps: Sequence[_Unrolled]
-) -> tuple[list[Tensor], list[tuple[list[Tensor], list[Tensor]]]]:
-    """∇_φ L_T, and for each step w = ∂L_T/∂g and u = ∂L_T/∂s, for its gradient g and the slopes s that made it."""
-    wanted = [[g for g in step.gradients if g is not None] for step in steps]
-    inputs: list[Tensor] = [*phi]
-    for gradients, step in zip(wanted, steps, strict=True):
-        inputs += [*gradients, *step.slopes]
-    with _differentiated_twice():
-        found = list(torch.autograd.grad(meta_loss, inputs, allow_unused=True, materialize_grads=True))
-    meta_gradient, pairs = found[: len(phi)], []
-    position = len(phi)
-    for gradients, step in zip(wanted, steps, strict=True):
-        middle, end = position + len(gradients), position + len(gradients) + len(step.slopes)
-        pairs.append((found[position:middle], found[middle:end]))
-        position = end
-    return meta_gradient, pairs
-
-
-def check_delivered(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Raise ``ValueError`` unless each parameter's ``.grad`` becomes the gradient that is on its way to it.
-
-    torch shows no hooks of the nodes that accumulate gradients, as distributed libraries use them; but they run here.
-    """
-    pairs = [(p, g.detach()) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    with torch.enable_grad():
-        arriving = [p.view_as(p) for p, _ in pairs]
-    torch.autograd.backward(arriving, [g for _, g in pairs], inputs=[p for p, _ in pairs])
-    delivered = [p.grad for p, _ in pairs]
-    for p, _ in pairs:
-        p.grad = None
-    same = all(d is not None for d in delivered) and same_values(
-        [d for d in delivered if d is not None], [g for _, g in pairs]
-    )
-    if not same and all(torch.isfinite(g).all() for _, g in pairs):
-        raise ValueError("a hook changes a gradient as it is accumulated, unseen by the meta-gradient; remove() it")
-
-
-def _check_no_module_hooks(model: nn.Module) -> None:
-    """Raise ``NotImplementedError`` for hooks that would change ∇L_T, too, as it passes backward through a module."""
-    hooks = [torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks]
-    hooks += [hooks for m in model.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks)]
-    if any(hooks):
-        raise NotImplementedError("a module has a backward hook, which would be differentiated as if it were the model")
-
-
-@contextmanager
-def _differentiated_twice() -> Iterator[None]:
-    """Say what is missing where torch has no derivative of a backward pass."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise NotImplementedError(f"this model cannot be differentiated twice: {error}") from error
-
-
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Around a pass of ``unrolled_step``: what torch differentiates only once is written so that it can do it twice."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in EMBEDDINGS:
-            check_embedding(func.__name__, kwargs or {})
-        return COMPOSITE.get(func, func)(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS), _TwiceDifferentiable():
-        try:
-            yield
-        except RuntimeError as error:
-            if CHECKPOINTS in str(error):
-                raise NotImplementedError(CHECKPOINTS) from error
-            raise
-
-
-CHECKPOINTS = "a checkpoint, or another hook on saved tensors, would pass through the model again with other weights"
-
-
-def plain_step(
-    model: nn.Module,
-    loss: Loss,
-    optimizer: Optimizer,
-    batch: Batches,
-    *,
-    clipping: Clipping = NO_CLIPPING,
-    autocast: torch.dtype | None = None,
-) -> Tensor:
-    """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step.
-
-    Nothing but the optimizer's parameters gets a gradient: a learned loss is not differentiated by φ.
-    """
-    optimizer.zero_grad()
-    parameters = optimizer_parameters(optimizer)
-    parts = micro_batches(batch)
-    losses = []
-    for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
-        value = loss(forward(model, inputs, autocast), targets)
-        check_scalar(value)
-        backward(weighted(share, [value])[0], parameters)
-        losses.append((share, value.detach()))
-    if clipping != NO_CLIPPING:
-        for parameter, gradient in zip(parameters, clipping([p.grad for p in parameters]), strict=True):
-            parameter.grad = gradient
-    optimizer.step()
-    return total(losses)
-
-
-WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-"""Classes of torch.distributed, by name, for to import them all takes long."""
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a model that no engine serves, as far as its modules show it."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            check_embedding(name, vars(module))
-        if WRAPPERS & {base.__name__ for base in type(module).__mro__}:
-            raise ValueError(
-                f"{type(module).__name__} averages gradients by hooks, which the meta-gradient would not see; give the"
-                " model itself, and process_group="
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError("a scripted model does not let its parameters be replaced; give the one it was made from")
-
-
-def check_apart(optimizer: Optimizer) -> None:
-    """Raise ``ValueError`` if two parameters share memory: each step of one would be a step of the other, too."""
-    spans = []
-    for parameter in optimizer_parameters(optimizer):
-        if parameter.numel() and parameter.device.type != "meta":
-            extent = sum((n - 1) * abs(s) for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
-            start = parameter.storage_offset()
-            storage = parameter.untyped_storage().data_ptr()
-            spans.append((storage, start, start + extent, tuple(parameter.shape)))
-    spans.sort()
-    for (storage, _, end, shape), (other, start, _, second) in itertools.pairwise(spans):
-        if storage == other and start < end:
-            raise ValueError(
-                f"two parameters, of shapes {shape} and {second}, share memory; use one parameter in both places, or"
-                " clone() one of them"
-            )
-
-
-def check_step(model: nn.Module, optimizer: Optimizer, gradients: bool = True) -> None:
-    """Raise unless this optimizer can take a differentiable step of this model now.
-
-    Args:
-        model, optimizer: see :func:`forward_mode_step`.
-        gradients: look for a ``.grad`` that is there already, too.
-
-    Raises:
-        TypeError: the optimizer's update is not differentiable.
-        ValueError: the optimizer holds a parameter that is not the model's, or none that requires a gradient; a hook or
-            a ``.grad`` would change the gradient unseen.
-        RuntimeError: gradients are switched off.
-    """
-    check_differentiable(optimizer)
-    check_trainable(model, optimizer)
-    if gradients:
-        check_no_gradient(optimizer)
-    check_no_hooks(optimizer)
-
-
-def micro_batches(batch: Batches) -> list[Batch]:
-    """The parts of a batch: the pairs of a list of pairs, or the batch alone."""
-    several = isinstance(batch, tuple | list) and len(batch) and all(isinstance(part, tuple | list) for part in batch)
-    return list(batch) if several else [batch]  # type: ignore[arg-type, list-item]
-
-
-def shares_of(parts: Sequence[Batch]) -> list[float]:
-    """What part of all examples is in each micro batch."""
-    counts = [len(targets) for _, targets in parts]
-    return [count / sum(counts) for count in counts]
-
-
-def weighted(share: float, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor times a share; the tensors themselves where it is 1."""
-    return list(tensors) if share == 1 else [share * tensor for tensor in tensors]
-
-
-def add(sums: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The sums with another term; the term itself where there are none yet."""
-    return [a + b for a, b in zip(sums, tensors, strict=True)] if sums else tensors
-
-
-def total(losses: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """The mean loss of a batch from the shares and the losses of its parts."""
-    first, *rest = [weighted(share, [loss])[0] for share, loss in losses]
-    return sum(rest, first)
-
-
-def joined(rows: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts."""
-    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
-
-
-def gradients_of(output: Tensor, parameters: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
-    """Gradients of ``output``; None where it does not depend on a parameter or the parameter is frozen."""
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, allow_unused=True, **options))
-    return [next(found) if parameter.requires_grad else None for parameter in parameters]
-
-
-def backward(output: Tensor, parameters: Sequence[Tensor], slope: Tensor | None = None) -> None:
-    """Add to the ``.grad`` of the parameters that require one, and of nothing else."""
-    output.backward(slope, inputs=[parameter for parameter in parameters if parameter.requires_grad])
-
-
-def apply_gradients(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """One step of the optimizer with these gradients, which do not stay."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def check_early(learned_loss: Tensor, model: nn.Module) -> None:
-    """Before θ moves: raise if the loss is not finite.
-
-    A GPU would have to be waited for; there a loss that is not finite is seen after the step, by ``OnlineLoss``.
-    """
-    if learned_loss.device.type == "cpu" and not torch.isfinite(learned_loss):
-        check_finite({"learned loss": learned_loss}, model)
-
-
-CHANGED = "the model changes its parameters in place in its forward pass; do that between the steps"
 
 
 def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:

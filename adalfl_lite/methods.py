@@ -31,15 +31,16 @@ from adalfl_lite.baselines import (
 )
 from adalfl_lite.baselines.evomal import LOCAL_STEPS
 from adalfl_lite.baselines.fixed import summary
+from adalfl_lite.checkpoint import describe_data
 from adalfl_lite.checks import unknown
 from adalfl_lite.data import Dataset, Split
 from adalfl_lite.initialisation import MakeModel, Validate, initialise, meta_learn, rehearsal
 from adalfl_lite.learning_rate import LearningRate, implied_multiplier, initialise_learning_rate, replay
 from adalfl_lite.losses import KINDS, Loss, LossNetwork, task_loss
-from adalfl_lite.metagradient import Batch
 from adalfl_lite.online import OnlineLoss
+from adalfl_lite.steps import Batch
 from adalfl_lite.tasks import Task
-from adalfl_lite.training import Callback, describe_data, evaluate, fit
+from adalfl_lite.training import Callback, evaluate, fit
 
 TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """A tuned method tries the task's learning rate times each of these."""

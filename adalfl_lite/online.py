@@ -13,19 +13,10 @@ from adalfl_lite.checks import check_batch, check_finite, check_values
 from adalfl_lite.compiled import CompiledStep
 from adalfl_lite.distributed import start_equal
 from adalfl_lite.losses import Loss, task_loss
-from adalfl_lite.metagradient import (
-    Batches,
-    ForwardPass,
-    MetaStep,
-    check_apart,
-    check_model,
-    check_step,
-    forward_mode_step,
-    micro_batches,
-    shared_forward_step,
-    unrolled_step,
-)
+from adalfl_lite.metagradient import ForwardPass, MetaStep, forward_mode_step, shared_forward_step
 from adalfl_lite.passes import Undo, optimizer_parameters
+from adalfl_lite.steps import Batches, check_apart, check_model, check_step, micro_batches
+from adalfl_lite.unrolled import unrolled_step
 from adalfl_lite.updates import Clipping
 
 ENGINES = ("forward", "shared", "finite-difference", "unrolled")
@@ -52,7 +43,8 @@ class OnlineLoss:
             ``torch.nn.utils.clip_grad_norm_`` does; the meta-gradient goes through it.
         clip_gradient_value: or clamp its entries to this size, as ``clip_grad_value_`` does.
         engine: "forward" (exact, fast), "shared" (the same, faster where the meta batch is the next training batch),
-            "finite-difference" (approximate, faster) or "unrolled" (reference), see :mod:`adalfl_lite.metagradient`.
+            "finite-difference" (approximate, faster), all in :mod:`adalfl_lite.metagradient`; or "unrolled" (reference),
+            see :mod:`adalfl_lite.unrolled`.
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
         process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: every process hands an equal
             share of each batch to :meth:`step`, and all learn as one process with the whole batches would. They start

@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from adalfl_lite.closed_form import Along, derivatives, layers_of
 from adalfl_lite.losses import LossNetwork
-from adalfl_lite.metagradient import apply_gradients, check_model
 from adalfl_lite.passes import Undo, differentiable_kernels, replaced, unmarked
+from adalfl_lite.steps import apply_gradients, check_model
 from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
 from adalfl_lite.updates import RULES, changes_gradients, check_no_hooks, rule_of, update_pullback
 

@@ -207,6 +207,12 @@ def check_agreement(
         )
 
 
+def bound_of(slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Σ ‖∂M/∂f‖ ‖u‖ over the parts of a batch."""
+    norms = [s.norm() * t.norm() for s, t in zip(slopes, tangents, strict=True)]
+    return sum(norms[1:], norms[0])
+
+
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors of one shape, of real numbers or of complex ones as pairs of real numbers; a scalar."""
     if a.is_complex():

@@ -40,7 +40,7 @@ from torch.func import functional_call
 from adalfl_lite import LossNetwork, OnlineLoss, build_model
 from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
-from adalfl_lite.metagradient import plain_step
+from adalfl_lite.steps import plain_step
 
 INPUTS = {
     "mlp64": (64,),

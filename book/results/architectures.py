@@ -15,8 +15,8 @@ from adalfl_lite import LossNetwork, evaluate
 from adalfl_lite.experiments import fresh, provenance
 from adalfl_lite.files import atomic_path
 from adalfl_lite.losses import Loss
-from adalfl_lite.metagradient import plain_step
 from adalfl_lite.online import OnlineLoss
+from adalfl_lite.steps import plain_step
 from adalfl_lite.tasks import get_task
 from analysis.loss_shapes import loss_curves
 

@@ -29,7 +29,7 @@ from adalfl_lite.experiments import fresh, provenance
 from adalfl_lite.files import atomic_path, atomic_save, load_payload
 from adalfl_lite.learning_rate import LearningRate, initialise_learning_rate
 from adalfl_lite.losses import Loss
-from adalfl_lite.metagradient import plain_step
+from adalfl_lite.steps import plain_step
 from adalfl_lite.tasks import Task, get_task
 from analysis.calibration import calibration_scores, predictions
 from analysis.early_stopping import push_and_gap

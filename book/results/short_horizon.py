@@ -16,7 +16,7 @@ from adalfl_lite import LossNetwork, OnlineLoss, evaluate
 from adalfl_lite.experiments import fresh, provenance
 from adalfl_lite.files import atomic_path
 from adalfl_lite.losses import task_loss
-from adalfl_lite.metagradient import plain_step
+from adalfl_lite.steps import plain_step
 from adalfl_lite.tasks import get_task
 from analysis.effective_lr import effective_learning_rate
 

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, fit, initialise
 from adalfl_lite.data import Dataset, Split
-from adalfl_lite.metagradient import plain_step
 from adalfl_lite.online import ENGINES
+from adalfl_lite.steps import plain_step
 from adalfl_lite.updates import Clipping
 
 EXACT = ("forward", "shared", "unrolled")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from adalfl_lite.checkpoint import NOT_KEPT_BEFORE
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.ensemble import fit_seeds, initialise_seeds
 from adalfl_lite.initialisation import initialise
 from adalfl_lite.losses import LossNetwork, task_loss
-from adalfl_lite.training import NOT_KEPT_BEFORE, fit
+from adalfl_lite.training import fit
 
 SEEDS = (3, 5, 8)
 OPTIONS = {"steps": 6, "batch_size": 8, "evaluate_every": 3, "progress": False}

@@ -20,7 +20,7 @@ from adalfl_lite.learning_rate import (
     initialise_learning_rate,
     replay,
 )
-from adalfl_lite.metagradient import plain_step
+from adalfl_lite.steps import plain_step
 from adalfl_lite.training import fit
 from adalfl_lite.updates import functional_update
 

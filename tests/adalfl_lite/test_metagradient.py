@@ -8,7 +8,8 @@ from torch import nn
 
 from adalfl_lite import metagradient
 from adalfl_lite.losses import LossNetwork, task_loss
-from adalfl_lite.metagradient import forward_mode_step, unrolled_step
+from adalfl_lite.metagradient import forward_mode_step
+from adalfl_lite.unrolled import unrolled_step
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss
-from adalfl_lite.metagradient import plain_step
 from adalfl_lite.online import ENGINES
 from adalfl_lite.passes import Attributes, Undo, replaced, slots_of, unmarked
+from adalfl_lite.steps import plain_step
 
 
 class Shared(nn.Module):

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite.losses import LossNetwork
-from adalfl_lite.metagradient import forward_mode_step, plain_step
+from adalfl_lite.metagradient import forward_mode_step
 from adalfl_lite.stacking import Stack, StackedLoss, StackedStep, check_stackable, meta_step, stacked_step, task_losses
+from adalfl_lite.steps import plain_step
 
 TASK_LOSS = {"classification": F.cross_entropy, "regression": F.mse_loss}
 

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite.baselines import DynamicalLoss, NewtonLoss, fixed_loss
+from adalfl_lite.checkpoint import NOT_KEPT_BEFORE
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.learning_rate import ONLINE_META_LEARNING_RATE
 from adalfl_lite.losses import LossNetwork, task_loss
 from adalfl_lite.online import OnlineLoss
-from adalfl_lite.training import NOT_KEPT_BEFORE, evaluate, fit
+from adalfl_lite.training import evaluate, fit
 
 COLUMNS = ["step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "test_loss"]
 COLUMNS += ["learning_rate", "seconds"]

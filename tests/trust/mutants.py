@@ -24,6 +24,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = {
     "adalfl_lite.updates": "adalfl_lite/test_updates.py",
+    "adalfl_lite.passes": "adalfl_lite/test_passes.py adalfl_lite/test_online.py",
+    "adalfl_lite.steps": "adalfl_lite/test_clipping.py adalfl_lite/test_passes.py trust/test_bad_input.py",
+    "adalfl_lite.unrolled": "adalfl_lite/test_metagradient.py adalfl_lite/test_clipping.py adalfl_lite/test_online.py",
     "adalfl_lite.metagradient": "trust/test_gaps.py adalfl_lite/test_metagradient.py adalfl_lite/test_online.py",
     "adalfl_lite.tangents": "adalfl_lite/test_tangents.py",
     "adalfl_lite.closed_form": "adalfl_lite/test_closed_form.py trust/test_gaps.py",

@@ -19,8 +19,9 @@ from adalfl_lite.cli import app
 from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.experiments import compare
 from adalfl_lite.losses import SmoothLeakyReLU, check_kind, task_loss
-from adalfl_lite.metagradient import plain_step, unrolled_step
+from adalfl_lite.steps import plain_step
 from adalfl_lite.tasks import get_task
+from adalfl_lite.unrolled import unrolled_step
 
 NAN, INF = float("nan"), float("inf")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite import LossNetwork, OnlineLoss, metagradient
-from adalfl_lite.metagradient import plain_step
+from adalfl_lite.steps import plain_step
 
 
 class Scaled(nn.Module):

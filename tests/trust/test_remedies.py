@@ -50,7 +50,8 @@ MODULES = (
     *("training", "experiments", "methods", "together", "ensemble", "initialisation", "checks", "data", "tasks", "cli"),
     *("corruption", "learning_rate", "files", "losses"),
     *("baselines/dynamical", "baselines/evomal", "baselines/fixed", "baselines/newton", "baselines/taylor"),
-    *("online", "metagradient", "tangents", "updates", "compiled", "stacking", "passes"),
+    *("online", "metagradient", "tangents", "updates", "compiled", "stacking", "passes", "steps", "unrolled"),
+    "checkpoint",
 )
 """Those whose messages are all here."""
 
