@@ -43,7 +43,7 @@ class OnlineLoss:
             ``torch.nn.utils.clip_grad_norm_`` does; the meta-gradient goes through it.
         clip_gradient_value: or clamp its entries to this size, as ``clip_grad_value_`` does.
         engine: "forward" (exact, fast), "shared" (the same, faster where the meta batch is the next training batch),
-            "finite-difference" (approximate, faster), all in :mod:`adalfl_lite.metagradient`; or "unrolled" (reference),
+            "finite-difference" (approximate, faster), of :mod:`adalfl_lite.metagradient`; or "unrolled" (reference),
             see :mod:`adalfl_lite.unrolled`.
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
         process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: every process hands an equal
