@@ -10,7 +10,6 @@ Small models leave a processor idle: a step on a batch of digits is a hundred ke
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class Stack:
 
     def __init__(self, models: Sequence[nn.Module]):
         self.models = list(models)
-        self.model = copy.deepcopy(models[0]).train()
+        self.model = models[0]
         rows = zip(*(model.parameters() for model in models), strict=True)
         self.parameters = [torch.stack([p.detach() for p in row]).requires_grad_() for row in rows]
         buffers = [dict(model.named_buffers()) for model in models]
@@ -51,7 +50,9 @@ class Stack:
             with replaced(self.model, {id(tensor): new for tensor, new in pairs}):
                 return self.model(x)
 
-        return vmap(one)(list(parameters), list(buffers.values()), inputs)
+        with unmarked(self.model):
+            self.model.train()
+            return vmap(one)(list(parameters), list(buffers.values()), inputs)
 
     def state_dict(self) -> dict:
         """θ and the buffers, stacked."""
@@ -239,6 +240,7 @@ def _check_alone(
     tensors = {id(parameter): t for parameter, t in zip(stack.model.parameters(), theta, strict=True)}
     tensors |= {id(own[name]): buffer[0].clone() for name, buffer in buffers.items()}
     with unmarked(stack.model), replaced(stack.model, tensors):
+        stack.model.train()
         alone = stack.model(inputs[0])
         found = torch.autograd.grad(alone, theta, slope[0], allow_unused=True, materialize_grads=True)
     flat = [torch.cat([g.flatten() for g in given]) for given in (found, [gradient[0] for gradient in gradients])]

@@ -1,6 +1,7 @@
 """Other tensors in the place of a model's own, and a step that fails as if it had not been tried."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -8,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss
+import adalfl_lite
+from adalfl_lite import (
+    LossNetwork,
+    OnlineLearningRate,
+    OnlineLoss,
+    evaluate,
+    fit,
+    fit_seeds,
+    initialise,
+    initialise_seeds,
+)
+from adalfl_lite.data import Dataset, Split
 from adalfl_lite.online import ENGINES
 from adalfl_lite.passes import Attributes, Undo, replaced, slots_of, unmarked
 from adalfl_lite.steps import plain_step
@@ -252,3 +264,116 @@ def test_a_learner_can_be_copied_between_two_steps_of_any_engine():
             learner.step(batches[1], batches[2])
         assert all(torch.equal(p, q) for p, q in zip(online.model.parameters(), twin.model.parameters(), strict=True))
         assert online.optimizer.param_groups[0]["params"][0] is not twin.optimizer.param_groups[0]["params"][0]
+
+
+class Tied(nn.Module):
+    """An activation used twice, a layer with two names, a weight in two layers, and a feature map that is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation, self.first, self.tied = nn.PReLU(), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.alias, self.tied.weight, self.last = self.first, self.first.weight, nn.Linear(6, 3)
+
+    def forward(self, x):
+        self.features = self.activation(self.tied(self.activation(self.alias(x))))
+        return self.last(self.features)
+
+
+def tied(seed=0):
+    torch.manual_seed(seed)
+    model = Tied()
+    model(torch.randn(2, 6))  # so that a feature map is there
+    return model
+
+
+def dataset():
+    splits = [Split(x.float(), y, torch.arange(len(x))) for x, y in (batch(i, 30) for i in range(3))]
+    return Dataset("clouds", "classification", *splits, 3, (6,))
+
+
+def use_fit(models, **options):
+    for i, model in enumerate(models):
+        loss = options.get("losses", [F.cross_entropy] * 2)[i]
+        given = {"steps": 3, "batch_size": 10, "seed": i, "progress": False}
+        given |= {name: value for name, value in options.items() if name != "losses"}
+        fit(model, loss, dataset(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given)
+
+
+def use_initialise(models):
+    drawn = iter(models)
+    batches = [(x.float(), y) for x, y in (batch(i) for i in range(3))]
+    options = {"steps": 2, "imitation_steps": 0, "rollout_steps": 1, "rehearsals": 0}
+    make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    initialise(
+        LossNetwork.classification(), lambda: next(drawn), batches, batches, make_optimizer=make_optimizer, **options
+    )
+
+
+def use_initialise_seeds(models):
+    drawn = iter([*models, *(tied(i) for i in range(20))])
+    batches = [[(x.float(), y) for x, y in (batch(i) for i in range(3))]] * 2
+    options = {"steps": 2, "imitation_steps": 0, "rollout_steps": 2, "rehearsals": 0, "seeds": (0, 1)}
+    make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    initialise_seeds(
+        LossNetwork.classification, lambda: next(drawn), batches, batches, make_optimizer=make_optimizer, **options
+    )
+
+
+def networks():
+    return [LossNetwork.classification(generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+
+def use_fit_seeds(models, **options):
+    make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    given = {"steps": 3, "batch_size": 10, "seeds": (0, 1), "progress": False, "losses": None, **options}
+    fit_seeds(models, given.pop("losses"), dataset(), make_optimizer=make_optimizer, **given)
+
+
+def step_with(make):
+    def use(models):
+        for model in models:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            x, y = batch(0)
+            make(model, optimizer).step((x.float(), y), (x.float(), y))
+
+    return use
+
+
+USES = {
+    "OnlineLoss": step_with(lambda model, optimizer: OnlineLoss(model, LossNetwork.classification(), optimizer)),
+    "OnlineLearningRate": step_with(lambda model, optimizer: OnlineLearningRate(model, F.cross_entropy, optimizer)),
+    "evaluate": lambda models: [evaluate(model, dataset().test, "classification") for model in models],
+    "fit": use_fit,
+    "fit_seeds": use_fit_seeds,
+    "initialise": use_initialise,
+    "initialise_seeds": use_initialise_seeds,
+}
+WITHOUT_MODEL = {"Initialisation", "LossNetwork", "MetaStep", "build_model", "endless", "load_dataset"}
+
+
+def test_every_public_name_is_used_on_shared_modules_or_takes_no_model():
+    assert set(adalfl_lite.__all__) == USES.keys() | WITHOUT_MODEL
+
+
+@pytest.mark.parametrize("name", USES)
+def test_public_functions_leave_shared_modules_shared(name):
+    models = [tied(i) for i in range(2)]
+    before = [[(path, id(t)) for path, t in slots_of(model)] for model in models]
+    values = [[p.detach().clone() for p in model.parameters()] for model in models]
+    USES[name](models)
+    assert before == [[(path, id(t)) for path, t in slots_of(model)] for model in models]
+    for model, old in zip(models, values, strict=True):
+        assert model.alias is model.first and model.tied.weight is model.first.weight
+        moved = any(not torch.equal(p, v) for p, v in zip(model.parameters(), old, strict=True))
+        assert moved == (name not in ("evaluate", "initialise_seeds"))  # the latter trains stacks of copies of weights
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_seeds_together_train_shared_modules_as_each_alone(online):
+    together, alone = ([tied(i) for i in range(2)] for _ in range(2))
+    options = {"online": True, "meta_learning_rate": 1e-3} if online else {}
+    use_fit_seeds(together, losses=networks() if online else None, **options)
+    use_fit(alone, losses=networks() if online else [F.cross_entropy] * 2, **options)
+    for ours, theirs in zip(together, alone, strict=True):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
