@@ -93,13 +93,17 @@ def check_factories(**factories: Any) -> None:
     """Raise ``TypeError`` unless all are functions that build something, such as a class or a lambda."""
     for name, factory in factories.items():
         if isinstance(factory, nn.Module | Optimizer) or not callable(factory):
-            raise TypeError(f"{name} must be a function that builds one, got {type(factory).__name__}; use lambda: ...")
+            raise TypeError(
+                f"{name} must be a function that builds one, got {type(factory).__name__}; use lambda: ...,"
+                " which builds a new one at each call"
+            )
 
 
 def check_pair(batch: Any, name: str, remedy: str = "") -> None:
     """Raise ``TypeError`` unless ``batch`` is a tuple or list of two."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise TypeError(f"{name} must be a pair (inputs, targets), got {type(batch).__name__}{remedy}")
+        length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(f"{name} must be a pair (inputs, targets), got {type(batch).__name__}{length}{remedy}")
 
 
 def check_batch(batch: Any, name: str, model: nn.Module) -> None:

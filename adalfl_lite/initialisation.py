@@ -309,6 +309,10 @@ def pairs(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
     )
     for batch in endless(batches, name):
         check_pair(batch, f"a {name} batch", remedy)
+        if any(isinstance(part, tuple | list) for part in batch):
+            raise TypeError(
+                f"a {name} batch is a list of micro batches, which are for step() alone; use smaller batches"
+            )
         yield batch
 
 

@@ -157,7 +157,7 @@ class OnlineLearningRate:
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
         check_model(model)
-        check_apart(optimizer)
+        check_apart(model, optimizer)
         self._check(model, optimizer)
         _check_holds(meta_optimizer, learning_rate)
         self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)

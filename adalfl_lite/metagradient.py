@@ -101,7 +101,8 @@ class MetaStep:
     meta_gradient: list[Tensor] = field(repr=False)
     """∇_φ L_T, one tensor per parameter of the loss network that requires a gradient."""
     learned_loss: Tensor
-    """M_φ on the training batch before the update, a scalar."""
+    """M_φ on the training batch before the update, a scalar. Its size means nothing, for only its slope trains; what
+    tells how training goes is ``task_loss``."""
     task_loss: Tensor
     """L_T on the meta batch after the update, a scalar."""
     prediction: Tensor = field(repr=False)

@@ -79,7 +79,7 @@ class OnlineLoss:
         if not meta_learning_rate >= 0:
             raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
         check_step(model, optimizer, gradients=False)
-        check_apart(optimizer)
+        check_apart(model, optimizer)
         self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         if clip_meta_gradient is not None and not clip_meta_gradient > 0:
             raise ValueError(f"clip_meta_gradient must be positive, or None not to clip; got {clip_meta_gradient}")

@@ -8,7 +8,8 @@ not at all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -295,10 +296,19 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
         stack.callback(attention.set_fastpath_enabled, fast)
         attention.set_fastpath_enabled(False)
         if any(isinstance(module, nn.RNNBase) for module in modules_of(model)):
-            stack.enter_context(mkldnn.flags(enabled=False))
+            switched = mkldnn.flags(enabled=False)
+            _quietly(switched.__enter__)
+            stack.callback(_quietly, switched.__exit__, None, None, None)
             stack.enter_context(cudnn.flags(enabled=False, **kept))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+def _quietly(function: Callable, *arguments: Any) -> None:
+    """Without torch's word on TF32 at each switch of oneDNN."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration")
+        function(*arguments)
 
 
 @contextmanager

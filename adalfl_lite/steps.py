@@ -75,21 +75,22 @@ def check_model(model: nn.Module) -> None:
             raise ValueError("a scripted model does not let its parameters be replaced; give the one it was made from")
 
 
-def check_apart(optimizer: Optimizer) -> None:
+def check_apart(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise ``ValueError`` if two parameters share memory: each step of one would be a step of the other, too."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     spans = []
     for parameter in optimizer_parameters(optimizer):
         if parameter.numel() and parameter.device.type != "meta":
             extent = sum((n - 1) * abs(s) for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
             start = parameter.storage_offset()
             storage = parameter.untyped_storage().data_ptr()
-            spans.append((storage, start, start + extent, tuple(parameter.shape)))
+            spans.append((storage, start, start + extent, names.get(id(parameter), "a parameter")))
     spans.sort()
-    for (storage, _, end, shape), (other, start, _, second) in itertools.pairwise(spans):
+    for (storage, _, end, first), (other, start, _, second) in itertools.pairwise(spans):
         if storage == other and start < end:
             raise ValueError(
-                f"two parameters, of shapes {shape} and {second}, share memory; use one parameter in both places, or"
-                " clone() one of them"
+                f"{first!r} and {second!r} share memory; use one Parameter in both places, or make one of them"
+                " nn.Parameter(other.detach().clone()), before building the optimizer"
             )
 
 
@@ -155,7 +156,12 @@ def gradients_of(output: Tensor, parameters: Sequence[Tensor], **options: Any) -
 
 def backward(output: Tensor, parameters: Sequence[Tensor], slope: Tensor | None = None) -> None:
     """Add to the ``.grad`` of the parameters that require one, and of nothing else."""
-    output.backward(slope, inputs=[parameter for parameter in parameters if parameter.requires_grad])
+    try:
+        output.backward(slope, inputs=[parameter for parameter in parameters if parameter.requires_grad])
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise ValueError(REENTRANT) from error
 
 
 def apply_gradients(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -175,5 +181,9 @@ def check_early(learned_loss: Tensor, model: nn.Module) -> None:
     if learned_loss.device.type == "cpu" and not torch.isfinite(learned_loss):
         check_finite({"learned loss": learned_loss}, model)
 
+
+REENTRANT = (
+    "a checkpoint with use_reentrant=True cannot be differentiated for some weights alone; use use_reentrant=False"
+)
 
 CHANGED = "the model changes its parameters in place in its forward pass; do that between the steps"

@@ -201,9 +201,9 @@ def check_agreement(
     lengths = torch.stack(torch._foreach_norm([*gradients, *w])).to(along.dtype).view(2, -1)
     if difference > tolerance * (torch.dot(*lengths) + bound()).item():
         raise NotImplementedError(
-            f"the model's backward pass and its derivative disagree (along one direction they are {ours:.3g} and"
-            f" {theirs:.3g}): it has a hook on an activation, an operation with a gradient of its own, or draws other"
-            " random numbers in each pass"
+            f"the model's backward pass and its derivative disagree (by {difference / max(abs(ours), abs(theirs)):.2%}"
+            " along one direction): it has a hook on an activation or an operation with a gradient of its own, or draws"
+            " random numbers that are not torch's"
         )
 
 

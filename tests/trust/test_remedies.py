@@ -835,8 +835,11 @@ SERVING = [
     *(row(f"hooks where gradients are accumulated, {engine}", lambda g, engine=engine: learn("hooks before the accumulating nodes", engine), message,
         *(lambda g, other=other: right(bare("hooks before the accumulating nodes"), other) for other in ("forward", "shared", "unrolled")))
       for engine, message in (("forward", r"; no engine can; remove\(\) the hook, or"), ("unrolled", r"; remove\(\) it$"))),
-    row("two parameters of one storage", lambda g: learn("two parameters of one storage"), r"use one parameter in both places, or clone\(\) one of them",
+    row("two parameters of one storage", lambda g: learn("two parameters of one storage"), r"use one Parameter in both places, or make one of them nn\.Parameter\(other\.detach\(\)\.clone\(\)\)",
         lambda g: right("tied weights"), lambda g: right(CLONED)),
+    *(row(f"a reentrant checkpoint, {engine}", lambda g, engine=engine: learn("checkpoint, reentrant", engine), "; use use_reentrant=False$", lambda g: right("checkpoint"))
+      for engine in ("forward", "shared", "finite-difference")),
+    row("micro batches for an initialisation", lambda g: g.initialise(train=[[g.batch, g.meta_batch]]), "; use smaller batches$", lambda g: g.initialise(train=[g.batch, g.meta_batch])),
     row("a checkpoint, unrolled", lambda g: learn("checkpoint", "unrolled"), "a checkpoint, or .*; engine='forward' can$", lambda g: right("checkpoint")),
     *(row(f"served by none, {engine}", lambda g, engine=engine: learn(NO_ENGINE, engine), r"; no engine can; remove\(\) the hook, or replace that part of the model by one that torch can differentiate$",
         *(lambda g, other=other: right(REVERSED, other) for other in ("forward", "shared", "unrolled")))
@@ -879,7 +882,7 @@ SERVING = [
         lambda g: right(bare("step hook that clips, Adam"), loop="step hook that clips, Adam", clip_gradient_norm=5e-3)),
     row("a step hook that projects", lambda g: learn("step hook that projects"), "what changes weights, do between the steps",
         lambda g: ends_where("step hook that projects", bare("step hook that projects"), after=project_all)),
-    row("a gradient that is there", lambda g: learn("a stale gradient"), r"call optimizer\.zero_grad\(\) before\. To accumulate over micro batches, give step\(\) a list of them",
+    row("a gradient that is there", lambda g: learn("a stale gradient"), r"call optimizer\.zero_grad\(set_to_none=True\) before\. To accumulate over micro batches, give step\(\) a list of them",
         lambda g: right(ZEROED), lambda g: accumulated(PLAIN, (5, 3, 4))),
     row("seeds: a hook that a stack does not see", lambda g: g.fit_seeds([Steep() for _ in SEEDS], losses=None), "not what each is alone; train them with fit",
         lambda g: g.fit_finite(model=Steep(), loss=F.cross_entropy)),
