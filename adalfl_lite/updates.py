@@ -61,8 +61,8 @@ def check_no_gradient(optimizer: Optimizer) -> None:
         if parameter.grad is not None:
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} has a .grad already, which this step would not add to;"
-                " call optimizer.zero_grad(set_to_none=True) before. To accumulate over micro batches, give step() a list"
-                " of them"
+                " call optimizer.zero_grad(set_to_none=True) before. To accumulate over micro batches, give step() a"
+                " list of them"
             )
 
 
