@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from adalfl_lite.losses import LossNetwork, SmoothLeakyReLU
 
@@ -49,6 +50,30 @@ class Tape:
     derivative: Tensor
     sigmoid: Tensor | None
     curvature: float
+
+
+def in_closed_form(loss: nn.Module) -> bool:
+    """Whether the derivatives here are those of this loss: a LossNetwork as it comes, of known layers.
+
+    Hooks, as of pruning, methods replaced on the instance and weights in two places would be passed by.
+    """
+    if type(loss) is not LossNetwork or layers_of(loss.network) is None or any(map(len, _GLOBAL_HOOKS)):
+        return False
+    modules = list(loss.modules())
+    weights = [p for m in modules for p in m._parameters.values() if p is not None]
+    plain = all(
+        not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks) for m in modules
+    )
+    replaced = any(callable(value) and hasattr(type(m), name) for m in modules for name, value in vars(m).items())
+    return plain and not replaced and len({id(p) for p in weights}) == len(weights)
+
+
+_GLOBAL_HOOKS = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
 
 
 def layers_of(network: nn.Sequential, parameters: Sequence[Tensor] | None = None) -> list[Layer] | None:

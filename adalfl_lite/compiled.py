@@ -25,10 +25,10 @@ from torch.func import jvp, vjp
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_targets, unknown
-from adalfl_lite.closed_form import Along, derivatives, layers_of
+from adalfl_lite.closed_form import Along, derivatives, in_closed_form
 from adalfl_lite.losses import Loss, LossNetwork, output_pairs
 from adalfl_lite.metagradient import MetaStep, forward_mode_step
-from adalfl_lite.passes import RandomState, Undo, forward, optimizer_parameters, replaced, slots_of
+from adalfl_lite.passes import RandomState, Undo, forward, modules_of, optimizer_parameters, replaced, slots_of
 from adalfl_lite.steps import (
     NO_CLIPPING,
     Batch,
@@ -41,6 +41,11 @@ from adalfl_lite.steps import (
 )
 from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
 from adalfl_lite.updates import Clipping, changes_gradients, update_pullback
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module's pass may turn on: its mode, and other attributes that are numbers or words."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
 
 
 class CompiledStep:
@@ -69,7 +74,7 @@ class CompiledStep:
     ):
         if mode not in (modes := torch._inductor.list_mode_options()):
             raise unknown("compile mode", str(mode), modes)
-        if type(loss_network) is not LossNetwork or layers_of(loss_network.network) is None:
+        if not (isinstance(loss_network, LossNetwork) and in_closed_form(loss_network)):
             raise TypeError(f"{type(loss_network).__name__} cannot be compiled; give a LossNetwork, or no compile mode")
         self.model, self.loss_network, self.optimizer, self.task_loss = model, loss_network, optimizer, task_loss
         self.mode, self.clipping, self.autocast = mode, clipping, autocast
@@ -78,12 +83,24 @@ class CompiledStep:
         """The name of each slot of the model that another tensor is put into, and its index in θ and the buffers."""
         self.outputs = 0
         self.case: tuple[list, ...] | None = None
-        options: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
+        self._compile()
+
+    def _compile(self) -> None:
+        options: dict[str, Any] = {"mode": self.mode, "fullgraph": True, "dynamic": False}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in older versions of torch
             options["isolate_recompiles"] = True
         self.training_pass = torch.compile(self._training_pass, **options)
         self.meta_pass = torch.compile(self._meta_pass, **options)
         self.tangent_pass = torch.compile(self._tangent_pass, **options)
+
+    def __getstate__(self) -> dict:
+        """All but the compiled functions, which belong to this object."""
+        return {name: value for name, value in vars(self).items() if not name.endswith("_pass")} | {"case": None}
+
+    def __setstate__(self, state: dict) -> None:
+        """Take it up, and compile anew."""
+        vars(self).update(state)
+        self._compile()
 
     def __call__(self, batch: Batches, meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
         """One step, and what it leaves behind.
@@ -98,8 +115,10 @@ class CompiledStep:
             parts = [*micro_batches(batch), *micro_batches(meta_batch)]
             parameters = optimizer_parameters(self.optimizer)
             trained = [(id(parameter), parameter.requires_grad) for parameter in parameters]
-            modes = [module.training for module in self.model.modules()]
-            case = ([(tensor.shape, tensor.dtype) for part in parts for tensor in part], modes, trained)
+            modules = [
+                (_plain_attributes(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules_of(self.model)
+            ]
+            case = ([(tensor.shape, tensor.dtype) for part in parts for tensor in part], modules, trained)
             if self.case is None and len(parts) == 2:
                 self.reached, self.case = self._reached(parts[0]), case
                 own = [*(parameters[i] for i in self.reached), *self.model.buffers()]

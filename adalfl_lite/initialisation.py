@@ -335,8 +335,6 @@ def rehearsal(
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):
         plain_step(model, loss, optimizer, next(batches), clipping=clipping)
-        if advance := getattr(loss, "advance", None):
-            advance()
     error, value = validate(model)
     return (error, value) if math.isfinite(error) and math.isfinite(value) else (math.inf, math.inf)
 

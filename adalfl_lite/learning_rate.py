@@ -39,13 +39,14 @@ from adalfl_lite.losses import Loss, task_error, task_loss
 from adalfl_lite.metagradient import meta_pass
 from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
 from adalfl_lite.steps import (
+    CHANGED,
     Batch,
     Batches,
     add,
     check_apart,
     check_model,
     micro_batches,
-    plain_step,
+    plain_gradients,
     shares_of,
     total,
     weighted,
@@ -181,7 +182,7 @@ class OnlineLearningRate:
         for name, given in (("batch", batch), ("meta_batch", meta_batch)):
             for part in micro_batches(given):
                 check_batch(part, name, self.model)
-        with Undo(self.model, self.optimizer, self.meta_optimizer):
+        with self._undo():
             result = self.meta_gradient(batch, meta_batch)
             (slopes,) = result.meta_gradient
             check_finite(
@@ -195,14 +196,19 @@ class OnlineLearningRate:
 
     def meta_gradient(self, batch: Batches, meta_batch: Batches) -> RateStep:
         """Update θ on ``batch`` and return the hypergradient, equation (1), leaving α alone."""
-        with Undo(self.model, self.optimizer) as undo:
+        with self._undo() as undo:
             self._check(self.model, self.optimizer)
             check_no_gradient(self.optimizer)
             parameters = optimizer_parameters(self.optimizer)
             self.learning_rate.give_to(self.optimizer)
-            loss = plain_step(
+            loss = plain_gradients(
                 self.model, self.loss, self.optimizer, batch, clipping=self.clipping, autocast=self.autocast
             )
+            if not undo.unmoved():
+                raise ValueError(CHANGED)
+            self.optimizer.step()
+            if advance := getattr(self.loss, "advance", None):
+                advance()
             self.optimizer.zero_grad()
 
             wanted = [parameter for parameter in parameters if parameter.requires_grad]
@@ -245,6 +251,9 @@ class OnlineLearningRate:
             gradients = add(gradients, weighted(share, found))
         random.restore()
         return total(losses), gradients
+
+    def _undo(self) -> Undo:
+        return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=True)
 
     @staticmethod
     def _check(model: nn.Module, optimizer: Optimizer) -> None:

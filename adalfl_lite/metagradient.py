@@ -45,7 +45,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_scalar
-from adalfl_lite.closed_form import Along, derivatives, layers_of
+from adalfl_lite.closed_form import Along, derivatives, in_closed_form
 from adalfl_lite.distributed import average
 from adalfl_lite.losses import Loss, LossNetwork, output_pairs
 from adalfl_lite.passes import (
@@ -158,7 +158,7 @@ def forward_mode_step(
             zip(shares, passes, strict=True),
             meta_parts,
             task_loss,
-            undo.before,
+            undo,
             finite_difference=finite_difference,
             keep=False,
             clipping=clipping,
@@ -201,7 +201,7 @@ def shared_forward_step(
             iter([(1.0, training)]),
             [second],
             task_loss,
-            undo.before,
+            undo,
             finite_difference=False,
             keep=True,
             clipping=clipping,
@@ -263,7 +263,7 @@ def _step(
     training: Iterator[tuple[float, ForwardPass]],
     meta_parts: Sequence[Batch],
     task_loss: Loss,
-    before: list[Tensor],
+    undo: Undo,
     *,
     finite_difference: bool,
     keep: bool,
@@ -276,11 +276,11 @@ def _step(
     Args:
         training: the share of each part in the batch, and its pass, which is made as it is asked for: the graph of one
             has gone before the next begins.
-        before: copies of θ.
+        undo: holds copies of θ.
         keep: return the pass over the meta batch with its graph.
         model, loss_network, optimizer, meta_parts, task_loss: see :func:`forward_mode_step`, and so are the others.
     """
-    parameters = optimizer_parameters(optimizer)
+    parameters, before = optimizer_parameters(optimizer), undo.before
 
     # ∇_θ M_φ, by the backward pass of the model's own loop: whatever hooks into that is in the identity below
     parts: list[_Part] = []
@@ -290,8 +290,9 @@ def _step(
         backward(passed.prediction, parameters, weighted(share, [derivative.value])[0])
         parts.append(_Part(share, replace(passed, prediction=passed.prediction.detach()), derivative))
         del passed
-    if not same_values(parameters, before):
+    if not undo.unmoved():
         raise ValueError(CHANGED)
+    after = RandomState(model)  # of the model's passes, and of the loss network's
     learned_loss = average([total([(part.share, part.derivative.loss) for part in parts])], group)[0]
     found = [parameter.grad for parameter in parameters]
     reached = [i for i, gradient in enumerate(found) if gradient is not None]
@@ -346,7 +347,7 @@ def _step(
 
         # equation (3): ∇_φ ⟨∂M_φ/∂f, u⟩
         meta_gradient = add(meta_gradient, weighted(part.share, part.derivative.gradient_along(u)))
-    parts[-1].training.new_random.restore()
+    after.restore()
 
     *meta_gradient, task, along = average([*meta_gradient, total(meta_losses), along], group)
     dtypes = [autocast or parts[0].training.prediction.dtype, *(g.dtype for g in gradients)]
@@ -369,7 +370,7 @@ class _OutputDerivative:
     def __init__(self, loss_network: nn.Module, prediction: Tensor, target: Tensor):
         self.network = loss_network
         self.along: Along | None = None
-        if type(loss_network) is LossNetwork and layers_of(loss_network.network) is not None:
+        if isinstance(loss_network, LossNetwork) and in_closed_form(loss_network):
             self.dtype = next(loss_network.parameters()).dtype
             pairs = output_pairs(loss_network.kind, prediction, target, self.dtype)
             with torch.no_grad():
@@ -402,6 +403,8 @@ def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None,
         prediction = forward(model, batch[0], autocast)
     if [parameter._version for parameter in parameters] != versions:
         raise ValueError(CHANGED)
+    if prediction._is_view() or prediction.is_leaf:  # maybe of a parameter, which will move
+        prediction = prediction.clone()
     return ForwardPass(batch, prediction, buffers, random, RandomState(model), found, outputs)
 
 

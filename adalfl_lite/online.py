@@ -37,7 +37,8 @@ class OnlineLoss:
         optimizer: torch.optim optimizer over the model's parameters, with a differentiable update.
         meta_optimizer: optimizer over ``loss_network.parameters()``; by default Adam.
         meta_learning_rate: η of the default meta-optimizer; 0 freezes φ. Ignored when ``meta_optimizer`` is given.
-        task_loss: L_T(prediction, target); by default the one of ``loss_network.kind``.
+        task_loss: L_T(prediction, target), which knows the model by its prediction alone; by default the one of
+            ``loss_network.kind``.
         clip_meta_gradient: scale ∇_φ L_T down to this norm where it is longer; None, the default, leaves it.
         clip_gradient_norm: scale ∇_θ M_φ down to this norm where it is longer, before the optimizer has it, as
             ``torch.nn.utils.clip_grad_norm_`` does; the meta-gradient goes through it.

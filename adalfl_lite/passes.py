@@ -83,17 +83,35 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 
 
 class Attributes:
-    """The attributes of every module, each as the object it is; not its parameters, buffers and submodules."""
+    """The attributes of every module, each as the object it is; not its parameters, buffers and submodules.
+
+    Of a list, a dictionary or a set also what is in it, and of a ``torch.Generator`` its state.
+    """
 
     def __init__(self, model: nn.Module):
         self.values = [(vars(module), vars(module).copy()) for module in modules_of(model)]
+        self.containers: list[tuple[Any, Any]] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        for _, saved in self.values:
+            for name, value in saved.items():
+                if type(value) in CONTAINERS and name not in OF_MODULES:
+                    self.containers.append((value, value.copy()))
+                elif isinstance(value, torch.Generator):
+                    self.generators.append((value, value.get_state()))
 
     def __eq__(self, other: object) -> bool:
         """Whether they are the same objects."""
         if not isinstance(other, Attributes) or len(self.values) != len(other.values):
             return False
+        if len(self.containers) != len(other.containers) or len(self.generators) != len(other.generators):
+            return False
         pairs = zip(self.values, other.values, strict=True)
-        return all(_same_objects(ours, theirs) for (_, ours), (_, theirs) in pairs)
+        kept = zip(self.containers, other.containers, strict=True)
+        return (
+            all(_same_objects(ours, theirs) for (_, ours), (_, theirs) in pairs)
+            and all(_same_contents(ours, theirs) for (_, ours), (_, theirs) in kept)
+            and all(torch.equal(a, b) for (_, a), (_, b) in zip(self.generators, other.generators, strict=True))
+        )
 
     def restore(self) -> None:
         """Bring them back."""
@@ -101,6 +119,23 @@ class Attributes:
             if not _same_objects(current, saved):
                 current.clear()
                 current.update(saved)
+        for container, saved in self.containers:
+            if not _same_contents(container, saved):
+                container.clear()
+                container.extend(saved) if isinstance(container, list) else container.update(saved)
+        for generator, state in self.generators:
+            generator.set_state(state)
+
+
+CONTAINERS = (list, dict, set)
+OF_MODULES = frozenset(vars(nn.Module()))
+"""What every module has: its parameters, buffers, submodules and hooks."""
+
+
+def _same_contents(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return _same_objects(a, b)
+    return [*map(id, a)] == [*map(id, b)] if isinstance(a, list) else a == b
 
 
 def _same_objects(a: dict, b: dict) -> bool:
@@ -144,7 +179,8 @@ class Buffers:
     def restore(self) -> None:
         """Give the buffers these values."""
         for buffer, copy in self.copies:
-            buffer.copy_(copy)
+            if buffer.layout != torch.strided or not same_values([buffer], [copy]):  # an expanded one cannot be written
+                buffer.copy_(copy)
 
 
 class Undo:
@@ -182,7 +218,9 @@ class Undo:
             self.settings = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
             self.states = [_copied_state(optimizer) for optimizer in self.optimizers]
             self.buffers, self.attributes = Buffers(self.model), Attributes(self.model)
-            self.stores = [(m._buffers, dict(m._buffers)) for m in modules_of(self.model) if m._buffers]
+            modules = modules_of(self.model)
+            stores: list[dict[str, Any]] = [s for m in modules for s in (m._parameters, m._buffers) if s]
+            self.stores = [(store, dict(store)) for store in stores]
             self.random = RandomState(self.model)
             held = {id(parameter) for parameters in self.parameters for parameter in parameters}
             others = [p for p in parameters_of(self.model) if self.with_frozen and id(p) not in held]
@@ -202,6 +240,11 @@ class Undo:
         finally:
             self._leave()
 
+    def unmoved(self) -> bool:
+        """Whether θ, and what else has been copied of the model's parameters, is as it was."""
+        pairs = [*zip(self.parameters[0], self.copies[0], strict=True), *self.frozen]
+        return same_values([parameter for parameter, _ in pairs], [copy for _, copy in pairs])
+
     def _leave(self) -> None:
         self._depth -= 1
         if not self._depth:
@@ -219,13 +262,13 @@ class Undo:
         for parameter, copy in self.frozen:
             parameter.copy_(copy)
         for optimizer, settings, state in zip(self.optimizers, self.settings, self.states, strict=True):
-            for group, saved in zip(optimizer.param_groups, settings, strict=True):
-                group.update(saved)
+            for group, of_group in zip(optimizer.param_groups, settings, strict=True):
+                group.update(of_group)
             optimizer.state.clear()
             optimizer.state.update({parameter: _copied(entries) for parameter, entries in state})
         self.attributes.restore()
-        for store, saved_buffers in self.stores:
-            store.update(saved_buffers)
+        for store, saved in self.stores:
+            store.update(saved)
         self.buffers.restore()
         self.random.restore()
 
@@ -241,10 +284,14 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def same_values(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    """Whether all tensors equal their copies; NaN equals nothing. A GPU is waited for once."""
+    """Whether all tensors equal their copies, NaN where NaN was. A GPU is waited for once."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
-        return all(map(torch.equal, tensors, copies))
-    return bool(torch.stack([torch.eq(a, b).all() for a, b in zip(tensors, copies, strict=True)]).all())
+        return all(torch.equal(a, b) or _same_with_nan(a, b).item() for a, b in zip(tensors, copies, strict=True))
+    return bool(torch.stack([_same_with_nan(a, b) for a, b in zip(tensors, copies, strict=True)]).all())
+
+
+def _same_with_nan(a: Tensor, b: Tensor) -> Tensor:
+    return (torch.eq(a, b) | (a.isnan() & b.isnan())).all()
 
 
 def _copied_state(optimizer: Optimizer) -> list[tuple[Tensor, dict]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.optim import Optimizer
 
-from adalfl_lite.closed_form import Along, derivatives, layers_of
+from adalfl_lite.closed_form import Along, derivatives, in_closed_form
 from adalfl_lite.losses import LossNetwork
 from adalfl_lite.passes import Undo, differentiable_kernels, replaced, unmarked
 from adalfl_lite.steps import apply_gradients, check_model
@@ -290,7 +290,7 @@ def check_stackable(models: Sequence[nn.Module], losses: Sequence[nn.Module]) ->
     if any(not parameter.requires_grad for parameter in models[0].parameters()):
         raise ValueError("some parameters are frozen; train such models with fit")
     for network in losses:
-        if type(network) is not LossNetwork or layers_of(network.network) is None:
+        if not in_closed_form(network):
             raise TypeError(f"{type(network).__name__} cannot be stacked; give LossNetworks of known layers")
         if str(network) != str(losses[0]):
             raise ValueError("the losses differ in kind, layers or anchor; all must be of one architecture")

@@ -39,8 +39,26 @@ def plain_step(
 ) -> Tensor:
     """An ordinary training step with a fixed loss, handcrafted or learned; returns that loss before the step.
 
-    Nothing but the optimizer's parameters gets a gradient: a learned loss is not differentiated by φ.
+    Nothing but the optimizer's parameters gets a gradient: a learned loss is not differentiated by φ. A loss that
+    changes while it is trained with has a method ``advance``, which is called after the step.
     """
+    value = plain_gradients(model, loss, optimizer, batch, clipping=clipping, autocast=autocast)
+    optimizer.step()
+    if advance := getattr(loss, "advance", None):
+        advance()
+    return value
+
+
+def plain_gradients(
+    model: nn.Module,
+    loss: Loss,
+    optimizer: Optimizer,
+    batch: Batches,
+    *,
+    clipping: Clipping = NO_CLIPPING,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """The first half of :func:`plain_step`, up to the ``.grad`` of the optimizer's parameters; returns the loss."""
     optimizer.zero_grad()
     parameters = optimizer_parameters(optimizer)
     parts = micro_batches(batch)
@@ -53,7 +71,6 @@ def plain_step(
     if clipping != NO_CLIPPING:
         for parameter, gradient in zip(parameters, clipping([p.grad for p in parameters]), strict=True):
             parameter.grad = gradient
-    optimizer.step()
     return total(losses)
 
 

@@ -40,7 +40,7 @@ Tangents = Mapping[int, tuple[Tensor, Tensor]]
 
 LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
-FINITE_DIFFERENCE_FACTOR, FINITE_DIFFERENCE_LIMIT = 30.0, 0.05
+FINITE_DIFFERENCE_FACTOR, FINITE_DIFFERENCE_LIMIT = 30.0, 1.0
 """How much further than rounding alone :func:`finite_difference_tangent` may miss the identity of
 :func:`check_agreement`, and how far at most."""
 

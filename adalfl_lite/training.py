@@ -315,8 +315,6 @@ def fit(
                 if on_divergence != "raise":
                     _check_step(value, model)
                 losses.append(value)
-            if advance := getattr(loss, "advance", None):
-                advance()
             if scheduler:
                 scheduler.step()
         except FloatingPointError as error:

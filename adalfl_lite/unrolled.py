@@ -109,6 +109,8 @@ def unrolled_step(
         meta_loss = total(losses)
         meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
         random.restore()
+        if not same_values([p for p, _ in undo.frozen], [copy for _, copy in undo.frozen]):
+            raise ValueError(CHANGED)
         first = steps[0]
         for step, (w, u) in zip(steps, pairs, strict=True):
             given = [g.detach() for g in step.gradients if g is not None]

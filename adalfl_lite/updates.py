@@ -129,7 +129,7 @@ class Clipping:
             return list
         # of c g / (n + ε):  w ↦ c / (n + ε) · (w − ⟨g, w⟩ / (n (n + ε)) · g)
         factor, length = self._factor(gradients)
-        inward = torch.where(factor < 1, 1 / (length * (length + NORM_EPSILON)), 0.0)
+        inward = torch.where((factor < 1) & (length > 0), 1 / (length * (length + NORM_EPSILON)), 0.0)
 
         def pull(vectors: Sequence[Tensor]) -> list[Tensor]:
             along = sum((_real(g) * _real(w)).sum() for g, w in zip(gradients, vectors, strict=True)) * inward
@@ -176,9 +176,8 @@ def functional_update(
 
     Returns:
         θ' and the new state, differentiable with respect to ``parameters``, ``gradients`` and ``state``.
-        Adam's derivative is taken as zero at an entry that has never had a gradient, and that of any other optimizer
-        but SGD at an entry whose gradient is exactly zero now: it belongs to a parameter that the batch does not reach,
-        and a square root there would turn it into NaN.
+        The derivative is taken as zero at an entry that has never had a gradient, where a square root would turn it
+        into NaN: it belongs to a parameter that no batch has reached.
     """
     if state is None:
         state = [_copied(optimizer.state.get(parameter, {})) for parameter in optimizer_parameters(optimizer)]
@@ -187,8 +186,7 @@ def functional_update(
     entries = [_real_entries(of_one) for of_one in state]
     rule = rule_of(optimizer, RULES)
     if rule is None:
-        safe = [None if g is None else torch.where(g != 0, g, torch.zeros_like(g)) for g in slopes]
-        new, new_state = _update_of_twin(optimizer, real, safe, entries)
+        new, new_state = _update_of_twin(optimizer, real, [_without_nan(g) for g in slopes], entries)
     else:
         groups = [group for group in optimizer.param_groups for _ in group["params"]]
         results = [
@@ -240,6 +238,16 @@ def rule_of(optimizer: Optimizer, table: dict[type[Optimizer], Callable]) -> Cal
     """The entry of the class whose ``step`` the optimizer takes, also if it inherits that; None if there is none."""
     step = inspect.unwrap(type(optimizer).step)
     return next((rule for kind, rule in table.items() if inspect.unwrap(kind.step) is step), None)
+
+
+def _without_nan(gradient: Tensor | None) -> Tensor | None:
+    """The gradient, with a derivative of zero at entries that are zero where the optimizer's own is NaN."""
+    if gradient is None or not gradient.requires_grad:
+        return gradient
+    guarded = gradient.view_as(gradient)
+    zero = gradient.detach() == 0
+    guarded.register_hook(lambda slope: torch.where(zero & slope.isnan(), 0.0, slope))
+    return guarded
 
 
 def _update_of_twin(

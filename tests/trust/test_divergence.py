@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,15 +34,15 @@ class Poisoned(nn.Module):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
         self.passes, self.gradient_passes = passes, gradient_passes
-        self.counted = [0]  # of all passes; an attribute that is a number would be put back after most of them
+        self.counted = SimpleNamespace(number=0)  # of all passes; a number or a list would be put back after most
 
     @property
     def count(self):
-        return self.counted[0]
+        return self.counted.number
 
     @count.setter
     def count(self, number):
-        self.counted[0] = number
+        self.counted.number = number
 
     def forward(self, x):
         if not self.training:
