@@ -22,8 +22,7 @@ from adalfl_lite.updates import Clipping, check_differentiable, check_no_gradien
 
 Batch = tuple[Tensor, Tensor]
 
-Batches = Batch | Sequence[Batch]
-"""A batch, or a list of micro batches."""
+Batches = Batch | Sequence[Batch]  # a batch, or a list of micro batches
 
 NO_CLIPPING = Clipping()
 
