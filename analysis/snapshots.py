@@ -86,7 +86,7 @@ class Snapshot:
         for tensor, value, data, requires_grad, grad in self._values:
             if (tensor.dtype, tensor.shape, tensor.device) != (value.dtype, value.shape, value.device):
                 tensor.data = data
-            if not torch.equal(tensor, value):
+            if not _same_values(tensor, value):
                 with torch.no_grad():
                     tensor.copy_(value)
             if tensor.is_leaf:
@@ -128,3 +128,12 @@ def modules_behind(function: Callable) -> Iterator[nn.Module]:
     for part in parts:
         if isinstance(part, nn.Module):
             yield part
+
+
+def _same_values(tensor: Tensor, value: Tensor) -> bool:
+    """Whether both hold the same numbers, NaN where NaN is; False where torch cannot compare them."""
+    if tensor.is_meta:
+        return True
+    if tensor.layout is not torch.strided:
+        return False
+    return torch.equal(tensor, value) or bool((torch.eq(tensor, value) | (tensor.isnan() & value.isnan())).all())

@@ -219,3 +219,27 @@ def test_a_model_that_returns_a_dictionary():
     ):
         with untouched(model), pytest.raises(ValueError, match="one floating tensor, got dict; wrap it"):
             call()
+
+
+class Graph(nn.Module):
+    """Passes along a sparse adjacency matrix, which is a buffer; and has a weight that is not a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.unused = nn.Parameter(torch.tensor(float("nan")))
+        self.register_buffer("adjacency", torch.eye(12).to_sparse())
+
+    def forward(self, x):
+        return self.layer(torch.sparse.mm(self.adjacency, x))
+
+
+def test_sparse_buffers_and_weights_that_are_nan_do_no_harm():
+    torch.manual_seed(0)
+    model, data = Graph(), (torch.randn(12, 6), torch.randint(4, (12,)))
+    model.layer.weight.grad = torch.ones_like(model.layer.weight)
+    grad, version = model.layer.weight.grad, model.unused._version
+    norms = an.gradient_norms(model, F.cross_entropy, data)
+    assert norms.set_index("layer").gradient_norm["layer"] > 0
+    assert model.layer.weight.grad is grad and model.unused._version == version
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(12))
