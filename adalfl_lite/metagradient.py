@@ -61,6 +61,7 @@ from adalfl_lite.passes import (
     replaced,
     same_values,
     unmarked,
+    write,
 )
 from adalfl_lite.steps import (
     CHANGED,
@@ -403,9 +404,12 @@ def _training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None,
         prediction = forward(model, batch[0], autocast)
     if [parameter._version for parameter in parameters] != versions:
         raise ValueError(CHANGED)
-    if prediction._is_view() or prediction.is_leaf:  # maybe of a parameter, which will move
-        prediction = prediction.clone()
-    return ForwardPass(batch, prediction, buffers, random, RandomState(model), found, outputs)
+    return ForwardPass(batch, own(prediction), buffers, random, RandomState(model), found, outputs)
+
+
+def own(prediction: Tensor) -> Tensor:
+    """The prediction, cloned where it may be a view of a parameter, which will move."""
+    return prediction.clone() if prediction._is_view() or prediction.is_leaf else prediction
 
 
 def meta_pass(
@@ -424,7 +428,7 @@ def meta_pass(
     random, found, new_buffers = RandomState(model), Attributes(model), buffers.fresh()
     with unmarked(model), replaced(model, new_buffers):
         with LayerOutputs(0 if keep else math.inf) as outputs:
-            prediction = forward(model, batch[0], autocast)
+            prediction = own(forward(model, batch[0], autocast))
         attributes = Attributes(model) if keep else None
         loss = task_loss(prediction, batch[1])
         options: dict[str, Any] = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
@@ -438,7 +442,7 @@ def _taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
     """Let a meta pass count as the training pass: buffers, attributes and the random state move on as it left them."""
     with torch.no_grad():
         for buffer in buffers_of(model):
-            buffer.copy_(kept.new_buffers[id(buffer)])
+            write(buffer, kept.new_buffers[id(buffer)])
     if kept.attributes is not None:
         kept.attributes.restore()
     if kept.random == kept.new_random:  # the pass draws no numbers; whoever has drawn some since may keep them

@@ -179,8 +179,14 @@ class Buffers:
     def restore(self) -> None:
         """Give the buffers these values."""
         for buffer, copy in self.copies:
-            if buffer.layout != torch.strided or not same_values([buffer], [copy]):  # an expanded one cannot be written
-                buffer.copy_(copy)
+            write(buffer, copy)
+
+
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor these values; an expanded one cannot change, and stays."""
+    strided = tensor.layout is torch.strided
+    if not (strided and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))):
+        tensor.copy_(value)
 
 
 class Undo:
