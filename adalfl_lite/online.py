@@ -155,7 +155,7 @@ class OnlineLoss:
 
     def _undo(self) -> Undo:
         """Of a whole step; the first one shows whether the model changes parameters that are frozen."""
-        return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=not self._begun)
+        return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=not self._begun, loss=self.loss_network)
 
     def _meta_gradient(self, batches: Sequence[Batches], meta_batch: Batches, undo: Undo) -> MetaStep:
         engine = "unrolled" if len(batches) != 1 else self.engine

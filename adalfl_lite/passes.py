@@ -199,11 +199,13 @@ class Undo:
     Args:
         model: what is trained.
         optimizers: of its parameters, and of what is meta-learned beside it.
+        loss: the loss that is trained with, if it is a module; its buffers and attributes come back, too.
         frozen: copy the parameters that no optimizer holds too, for a model that might change them in its passes.
     """
 
-    def __init__(self, model: nn.Module, *optimizers: Optimizer, frozen: bool = False):
+    def __init__(self, model: nn.Module, *optimizers: Optimizer, frozen: bool = False, loss: nn.Module | None = None):
         self.model, self.optimizers, self.with_frozen = model, optimizers, frozen
+        self.loss = nn.Identity() if loss is None else loss
         self.before: list[Tensor] = []
         """θ before the step: copies of the first optimizer's parameters, in its order."""
         self._depth = 0
@@ -224,6 +226,7 @@ class Undo:
             self.settings = [[dict(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
             self.states = [_copied_state(optimizer) for optimizer in self.optimizers]
             self.buffers, self.attributes = Buffers(self.model), Attributes(self.model)
+            self.of_loss = Attributes(self.loss), Buffers(self.loss)
             modules = modules_of(self.model)
             stores: list[dict[str, Any]] = [s for m in modules for s in (m._parameters, m._buffers) if s]
             self.stores = [(store, dict(store)) for store in stores]
@@ -276,6 +279,8 @@ class Undo:
         for store, saved in self.stores:
             store.update(saved)
         self.buffers.restore()
+        for part in self.of_loss:
+            part.restore()
         self.random.restore()
 
 

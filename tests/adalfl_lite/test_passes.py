@@ -195,6 +195,32 @@ def test_another_engine_takes_the_step_that_one_refused():
     torch.testing.assert_close(found.meta_gradient, expected.meta_gradient, rtol=0, atol=0)
 
 
+class Counts(nn.Module):
+    """A loss of one's own that counts how often it is asked."""
+
+    kind = "classification"
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.asked = nn.Parameter(torch.ones((), dtype=torch.float64)), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, prediction, target):
+        self.asked += 1
+        self.count += 1
+        return self.scale * F.cross_entropy(prediction, target)
+
+
+def test_a_loss_is_as_it_was_after_a_step_that_failed():
+    shared, loss = make().model, Counts()
+    online = OnlineLoss(shared, loss, torch.optim.SGD(shared.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        online.step(batch(0), (batch(1)[0] * float("inf"), batch(1)[1]))
+    assert loss.asked == 0 and loss.count == 0
+    online.step(batch(0), batch(1))
+    assert loss.asked == loss.count == 1
+
+
 def test_a_learned_rate_that_fails_leaves_everything_as_it_was():
     online = make()
     learner = OnlineLearningRate(online.model, F.cross_entropy, online.optimizer)
