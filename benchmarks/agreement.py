@@ -21,7 +21,7 @@ from adalfl_lite import LossNetwork, OnlineLoss, build_model, metagradient
 from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
 
-ROUNDS = {"mlp64": 1500, "lenet5": 300, "allcnn_c": 15}
+ROUNDS = {"mlp64": 600, "lenet5": 100, "allcnn_c": 5}
 
 
 def no_check(*_: object, **__: object) -> None:
