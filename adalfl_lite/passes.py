@@ -128,8 +128,7 @@ class Attributes:
 
 
 CONTAINERS = (list, dict, set)
-OF_MODULES = frozenset(vars(nn.Module()))
-"""What every module has: its parameters, buffers, submodules and hooks."""
+OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, submodules and hooks
 
 
 def _same_contents(a: Any, b: Any) -> bool:
