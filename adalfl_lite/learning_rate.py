@@ -43,6 +43,7 @@ from adalfl_lite.steps import (
     Batch,
     Batches,
     add,
+    advance,
     check_apart,
     check_model,
     micro_batches,
@@ -192,6 +193,7 @@ class OnlineLearningRate:
             self.meta_optimizer.step()
             self.learning_rate.log_rates.grad = None
             self.learning_rate.give_to(self.optimizer)
+            advance(self.loss)
         return result
 
     def meta_gradient(self, batch: Batches, meta_batch: Batches) -> RateStep:
@@ -207,8 +209,6 @@ class OnlineLearningRate:
             if not undo.unmoved():
                 raise ValueError(CHANGED)
             self.optimizer.step()
-            if advance := getattr(self.loss, "advance", None):
-                advance()
             self.optimizer.zero_grad()
 
             wanted = [parameter for parameter in parameters if parameter.requires_grad]
@@ -253,7 +253,8 @@ class OnlineLearningRate:
         return total(losses), gradients
 
     def _undo(self) -> Undo:
-        return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=True)
+        loss = self.loss if isinstance(self.loss, nn.Module) else None
+        return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=True, loss=loss)
 
     @staticmethod
     def _check(model: nn.Module, optimizer: Optimizer) -> None:

@@ -15,7 +15,7 @@ from adalfl_lite.distributed import start_equal
 from adalfl_lite.losses import Loss, task_loss
 from adalfl_lite.metagradient import ForwardPass, MetaStep, forward_mode_step, shared_forward_step
 from adalfl_lite.passes import Undo, optimizer_parameters
-from adalfl_lite.steps import Batches, check_apart, check_model, check_step, micro_batches
+from adalfl_lite.steps import Batches, advance, check_apart, check_model, check_step, micro_batches
 from adalfl_lite.unrolled import unrolled_step
 from adalfl_lite.updates import Clipping
 
@@ -139,6 +139,7 @@ class OnlineLoss:
             try:
                 result = self._meta_gradient([batch], meta_batch, undo)
                 self.apply_meta_gradient(result)
+                advance(self.loss_network)
             except FloatingPointError:
                 for name, given in (("batch", batch), ("meta_batch", meta_batch)):
                     for part in micro_batches(given):

@@ -43,9 +43,14 @@ def plain_step(
     """
     value = plain_gradients(model, loss, optimizer, batch, clipping=clipping, autocast=autocast)
     optimizer.step()
-    if advance := getattr(loss, "advance", None):
-        advance()
+    advance(loss)
     return value
+
+
+def advance(loss: object) -> None:
+    """Tell a loss that changes while it is trained with that a step has been taken: call its ``advance``, if any."""
+    if method := getattr(loss, "advance", None):
+        method()
 
 
 def plain_gradients(
