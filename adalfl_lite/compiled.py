@@ -33,14 +33,14 @@ from adalfl_lite.steps import (
     NO_CLIPPING,
     Batch,
     Batches,
-    apply_gradients,
     check_early,
     check_step,
     gradients_of,
     micro_batches,
+    take_step,
 )
 from adalfl_lite.tangents import check_agreement, inner_product, tolerance_of
-from adalfl_lite.updates import Clipping, changes_gradients, update_pullback
+from adalfl_lite.updates import Clipping
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -145,16 +145,10 @@ class CompiledStep:
         with torch.no_grad():
             for buffer, new in zip(self.model.buffers(), new_buffers, strict=True):
                 buffer.copy_(new)
-        clipped: list[Tensor | None] = [None] * len(parameters)
-        for i, gradient in zip(self.reached, self.clipping(gradients), strict=True):
-            clipped[i] = gradient
-        pullback, unclip = update_pullback(self.optimizer, clipped), self.clipping.pullback(gradients)
-        if changes_gradients(self.optimizer):
-            clipped = [None if g is None else g.clone() for g in clipped]
-        apply_gradients(self.optimizer, parameters, clipped)
+        pullback = take_step(self.optimizer, parameters, self.reached, gradients, self.clipping)
 
         meta_loss, v = self._run(self.meta_pass, theta, new_buffers, *meta_batch)
-        w = unclip(pullback(v))
+        w = pullback(v)
         tangent, along = self._run(self.tangent_pass, before, w, buffers, phi, prediction, *batch)
         precision = tolerance_of(self.autocast or prediction.dtype, *(g.dtype for g in gradients))
         along_w = inner_product(slope, tangent)

@@ -69,13 +69,13 @@ from adalfl_lite.steps import (
     Batch,
     Batches,
     add,
-    apply_gradients,
     backward,
     check_early,
     check_step,
     joined,
     micro_batches,
     shares_of,
+    take_step,
     total,
     weighted,
 )
@@ -88,7 +88,7 @@ from adalfl_lite.tangents import (
     output_tangent,
     tolerance_of,
 )
-from adalfl_lite.updates import Clipping, changes_gradients, update_pullback
+from adalfl_lite.updates import Clipping
 
 KEPT_FAN_IN = 1000
 """``forward_mode_step`` keeps the outputs of layers with at least so many inputs for the tangent pass, see
@@ -300,15 +300,8 @@ def _step(
     gradients = average([gradient for gradient in found if gradient is not None], group)
     del found
 
-    # θ' = U(θ, g), and its derivative, which must be taken while the optimizer's state is the old one
-    clipped: list[Tensor | None] = [None] * len(parameters)
-    for i, gradient in zip(reached, clipping(gradients), strict=True):
-        clipped[i] = gradient
-    pullback, unclip = update_pullback(optimizer, clipped), clipping.pullback(gradients)
-    if changes_gradients(optimizer):
-        clipped = [None if g is None else g.clone() for g in clipped]
-    apply_gradients(optimizer, parameters, clipped)
-    del clipped
+    # θ' = U(θ, g)
+    pullback = take_step(optimizer, parameters, reached, gradients, clipping)
 
     # v = ∇_θ' L_T
     moved = [parameters[i] for i in reached]
@@ -322,7 +315,7 @@ def _step(
         del gradient_v
 
     # equation (1): w = (∂U/∂g)ᵀ v
-    w = unclip(pullback(average(v, group)))
+    w = pullback(average(v, group))
     del v
 
     # equation (2): u = J_f(θ) w, for each part as its training pass was

@@ -18,7 +18,15 @@ from adalfl_lite.checks import check_finite, check_scalar, check_trainable
 from adalfl_lite.losses import Loss
 from adalfl_lite.passes import forward, optimizer_parameters
 from adalfl_lite.tangents import check_embedding
-from adalfl_lite.updates import Clipping, check_differentiable, check_no_gradient, check_no_hooks
+from adalfl_lite.updates import (
+    Clipping,
+    Pullback,
+    changes_gradients,
+    check_differentiable,
+    check_no_gradient,
+    check_no_hooks,
+    update_pullback,
+)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -192,6 +200,32 @@ def apply_gradients(optimizer: Optimizer, parameters: Sequence[Tensor], gradient
     optimizer.step()
     for parameter in parameters:
         parameter.grad = None
+
+
+def take_step(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    reached: Sequence[int],
+    gradients: Sequence[Tensor],
+    clipping: Clipping,
+) -> Pullback:
+    """θ' = U(θ, clipped g), and the pullback v ↦ (∂θ'/∂g)ᵀ v, taken while the optimizer's state is the old one.
+
+    Args:
+        optimizer: takes the step.
+        parameters: all that it holds.
+        reached: which of them have a gradient.
+        gradients: g of those, in their order; left as they are.
+        clipping: of g, before the optimizer has it.
+    """
+    clipped: list[Tensor | None] = [None] * len(parameters)
+    for i, gradient in zip(reached, clipping(gradients), strict=True):
+        clipped[i] = gradient
+    pullback, unclip = update_pullback(optimizer, clipped), clipping.pullback(gradients)
+    if changes_gradients(optimizer):
+        clipped = [None if g is None else g.clone() for g in clipped]
+    apply_gradients(optimizer, parameters, clipped)
+    return lambda vectors: unclip(pullback(vectors))
 
 
 def check_early(learned_loss: Tensor, model: nn.Module) -> None:
