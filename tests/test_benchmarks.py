@@ -32,4 +32,5 @@ def test_engines_are_timed_beside_a_plain_step_and_agree():
 def test_seeds_are_timed_beside_one():
     seeds = load("seeds")
     table = seeds.compare(seeds.train, 2, 2)
-    assert 1 in table.seeds.tolist() and all(math.isfinite(ratio) and ratio > 0 for ratio in table.ratio)
+    assert table.seeds.tolist() == list(seeds.SEEDS)
+    assert all(math.isfinite(ratio) for ratio in table.ratio)  # two steps are too few for their signs to mean anything
