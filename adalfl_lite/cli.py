@@ -17,22 +17,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from adalfl_lite.baselines import SymbolicLoss
-from adalfl_lite.data import BUNDLED
-from adalfl_lite.experiments import (
-    MAIN_METHODS,
-    METHODS,
-    check_applies,
-    compare,
-    final_errors,
-    read_results,
-    run,
-    write_results,
-)
+from adalfl_lite.compare.grid import check_applies, compare, run
+from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, training_steps
+from adalfl_lite.compare.results import final_errors, read_results, write_results
+from adalfl_lite.compare.tasks import TASKS, Task, get_task
+from adalfl_lite.data.dataset import BUNDLED
 from adalfl_lite.files import atomic_path, atomic_save
-from adalfl_lite.losses import StoredLoss
-from adalfl_lite.methods import training_steps
-from adalfl_lite.tasks import TASKS, Task, get_task
+from adalfl_lite.losses.stored import StoredLoss
+from adalfl_lite.losses.symbolic import SymbolicLoss
 from analysis.loss_shapes import loss_curves, plot_loss_curves
 from analysis.plotting import plot_comparison, plot_learning_curves, save_figure, theme
 from analysis.statistics import summarise

@@ -17,15 +17,16 @@ import pandas as pd
 import torch
 from step import INPUTS, OUTPUTS, SGD
 
-from adalfl_lite import LossNetwork, OnlineLoss, build_model, metagradient
-from adalfl_lite.experiments import provenance
+from adalfl_lite import LossNetwork, OnlineLoss, build_model
+from adalfl_lite.engines import forward as metagradient
 from adalfl_lite.files import atomic_path
+from adalfl_lite.provenance import provenance
 
 ROUNDS = {"mlp64": 600, "lenet5": 100, "allcnn_c": 5}
 
 
 def no_check(*_: object, **__: object) -> None:
-    """In the place of :func:`adalfl_lite.tangents.check_agreement`."""
+    """In the place of :func:`adalfl_lite.engines.tangents.check_agreement`."""
 
 
 def learner(name: str) -> OnlineLoss:

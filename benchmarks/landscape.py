@@ -23,8 +23,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
+from adalfl_lite.provenance import provenance
 from analysis.landscape import plane, random_directions
 
 AXIS = np.linspace(-1, 1, 51)

@@ -14,8 +14,8 @@ import torch
 from step import OUTPUTS, Setting, time_ratios
 from torch import nn
 
-from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
+from adalfl_lite.provenance import provenance
 
 ENGINES = ["plain", "forward", "shared", "functional"]
 SHAPES = {"mlp": (64,), "conv": (3, 16, 16)}

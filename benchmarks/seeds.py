@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 
 from adalfl_lite import LossNetwork, build_model, fit, fit_seeds, initialise, initialise_seeds, load_dataset
-from adalfl_lite.experiments import provenance
 from adalfl_lite.files import atomic_path
+from adalfl_lite.provenance import provenance
 
 SEEDS = (1, 2, 5, 10, 20)
 

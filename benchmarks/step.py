@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adalfl_lite import LossNetwork, OnlineLoss, build_model
-from adalfl_lite.experiments import provenance
+from adalfl_lite.engines import plain_step
 from adalfl_lite.files import atomic_path
-from adalfl_lite.steps import plain_step
+from adalfl_lite.provenance import provenance
 
 INPUTS = {
     "mlp64": (64,),

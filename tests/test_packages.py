@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "adalfl_lite"
 METHOD = sorted(
     path
-    for path in (ROOT / "adalfl_lite").rglob("*.py")
-    if path.stem not in {"__init__", "experiments", "cli"} or path.parent.name == "baselines"
+    for path in PACKAGE.rglob("*.py")
+    if path.relative_to(PACKAGE).parts[0] not in ("__init__.py", "compare", "cli.py")
 )
 """The training package but for what compares and the command line."""
 MODULES = sorted([*(ROOT / "adalfl_lite").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")])
@@ -57,21 +58,46 @@ def later():
 
 def test_there_are_modules_to_check():
     names = {path.stem for path in MODULES}
-    assert {"metagradient", "online", "evomal", "experiments", "cli", "plotting", "statistics"} <= names
+    assert {"forward", "online", "symbolic", "grid", "cli", "plotting", "statistics"} <= names
     assert len(METHOD) > 25
 
 
-def test_the_map_of_the_package_names_every_module_below_those_it_imports():
-    package = ROOT / "adalfl_lite"
-    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
-    order = [first or later for first, later in re.findall(r"^ {4}(\w+) |; (\w+):", text, re.MULTILINE)]
-    names = {p.stem for p in package.glob("*.py")} - {"__init__"} | {"baselines"}
-    assert len(order) == len(names) and set(order) == names
-    for path in package.rglob("*.py"):
-        own = path.relative_to(package).parts[0].removesuffix(".py")
-        found = {name.split(".")[1] for name in imports_of(path) if name.startswith("adalfl_lite.")} & names
+def map_of(face: Path) -> list[str]:
+    """The names in the map of a package, which its docstring is, from the ground up."""
+    text = ast.get_docstring(ast.parse(face.read_text(encoding="utf-8")), clean=False) or ""
+    return re.findall(r"^ {4}(\w+) +\S", text, re.MULTILINE)
+
+
+FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_import_goes_up_the_map(folder):
+    """The map of a package has every file and folder in it, below those that it imports: no circle, no arrow back."""
+    order = map_of(folder / "__init__.py")
+    rooms = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert len(order) == len(set(order)) and set(order) == rooms - {"__init__"}
+    prefix = ".".join(folder.relative_to(ROOT).parts)
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0].removesuffix(".py")
+        found = {name.removeprefix(f"{prefix}.").split(".")[0] for name in imports_of(path) if name.startswith(prefix)}
         if own != "__init__":
-            assert found <= {own, *order[: order.index(own)]}, path
+            assert found & set(order) <= {own, *order[: order.index(own)]}, path
+
+
+def test_the_house_has_few_floors_and_few_stairs():
+    """Rooms are the folders and files of the package; an edge is a room that imports another."""
+    edges = set()
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found = {name.split(".")[1] for name in imports_of(path) if name.startswith("adalfl_lite.")}
+        edges |= {
+            (own, other) for other in found & set(map_of(PACKAGE / "__init__.py")) if own not in (other, "__init__")
+        }
+    floors: dict[str, int] = {}
+    for room in map_of(PACKAGE / "__init__.py"):
+        floors[room] = 1 + max([floors[other] for own, other in edges if own == room], default=0)
+    assert max(floors.values()) <= 8 and len(edges) <= 50
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "analysis"], ids=lambda path: path.stem)
@@ -82,7 +108,7 @@ def test_the_diagnostics_know_nothing_of_the_training_package(path):
 @pytest.mark.parametrize("path", METHOD, ids=lambda path: path.stem)
 def test_the_method_knows_nothing_of_experiments_command_line_or_diagnostics(path):
     names = imports_of(path)
-    for above in ("adalfl_lite.experiments", "adalfl_lite.cli", "analysis"):
+    for above in ("adalfl_lite.compare.grid", "adalfl_lite.cli", "analysis"):
         assert not within(names, above)
 
 

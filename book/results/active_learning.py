@@ -13,12 +13,12 @@ import joblib
 import pandas as pd
 import torch
 
-from adalfl_lite.active_learning import STRATEGIES, active_learning
-from adalfl_lite.data import load_dataset
-from adalfl_lite.experiments import provenance
+from adalfl_lite.data.dataset import load_dataset
 from adalfl_lite.files import atomic_path
-from adalfl_lite.keypoints import HeatmapNet, draw_figures, figures_dataset, missed_joints
-from adalfl_lite.loss_prediction import ConvLossModule
+from adalfl_lite.predict.active_learning import STRATEGIES, active_learning
+from adalfl_lite.predict.keypoints import HeatmapNet, draw_figures, figures_dataset, missed_joints
+from adalfl_lite.predict.loss_prediction import ConvLossModule
+from adalfl_lite.provenance import provenance
 
 POOL, VALID, TEST = 1000, 1, 500
 SEEDS = {"figures": 6, "california": 10}

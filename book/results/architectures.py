@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 
 from adalfl_lite import LossNetwork, evaluate
-from adalfl_lite.experiments import fresh, provenance
+from adalfl_lite.compare import fresh, get_task
+from adalfl_lite.engines import plain_step
 from adalfl_lite.files import atomic_path
-from adalfl_lite.losses import Loss
-from adalfl_lite.online import OnlineLoss
-from adalfl_lite.steps import plain_step
-from adalfl_lite.tasks import get_task
+from adalfl_lite.learn import OnlineLoss
+from adalfl_lite.losses.network import Loss
+from adalfl_lite.provenance import provenance
 from analysis.loss_shapes import loss_curves
 
 HERE = Path(__file__).parent

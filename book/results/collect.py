@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from adalfl_lite.experiments import final_errors
+from adalfl_lite.compare import final_errors
 from adalfl_lite.files import atomic_path
 from analysis.statistics import summarise
 

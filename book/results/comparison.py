@@ -12,9 +12,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from adalfl_lite.experiments import compare, job_path, read_results, write_results
-from adalfl_lite.methods import METHODS
-from adalfl_lite.tasks import Task, get_task
+from adalfl_lite.compare import METHODS, Task, compare, get_task, read_results, write_results
+from adalfl_lite.compare.grid import job_path
 
 LARGE = ("mlp", "lenet5")  # models that gain nothing from training their seeds as one program
 CHOSEN = (

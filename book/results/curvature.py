@@ -12,12 +12,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from adalfl_lite.experiments import provenance
+from adalfl_lite.compare import get_task, prepare, train
+from adalfl_lite.compare.together import prepare_together
 from adalfl_lite.files import atomic_path
-from adalfl_lite.losses import task_loss
-from adalfl_lite.methods import prepare, train
-from adalfl_lite.tasks import get_task
-from adalfl_lite.together import prepare_together
+from adalfl_lite.losses.network import task_loss
+from adalfl_lite.provenance import provenance
 from analysis.curvature import top_eigenpairs
 
 STEPS, ROWS = 400, 300

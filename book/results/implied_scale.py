@@ -12,11 +12,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from adalfl_lite.experiments import provenance
+from adalfl_lite.compare import get_task, train
+from adalfl_lite.compare.together import prepare_together
 from adalfl_lite.files import atomic_path
-from adalfl_lite.methods import train
-from adalfl_lite.tasks import get_task
-from adalfl_lite.together import prepare_together
+from adalfl_lite.provenance import provenance
 from analysis.effective_lr import effective_learning_rate
 
 ROWS = 2000

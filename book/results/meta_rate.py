@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from adalfl_lite.experiments import provenance
+from adalfl_lite.compare import get_task
+from adalfl_lite.compare.together import prepare_together, train_together
 from adalfl_lite.files import atomic_path
-from adalfl_lite.tasks import get_task
-from adalfl_lite.together import prepare_together, train_together
+from adalfl_lite.provenance import provenance
 
 TASKS = ("diabetes", "communities", "california")
 RATES = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)

@@ -15,11 +15,10 @@ import joblib
 import pandas as pd
 import torch
 
-from adalfl_lite.baselines import SymbolicLoss, TaylorLoss
-from adalfl_lite.experiments import provenance
+from adalfl_lite.compare import get_task, prepare, train
 from adalfl_lite.files import atomic_path
-from adalfl_lite.methods import prepare, train
-from adalfl_lite.tasks import get_task
+from adalfl_lite.losses import SymbolicLoss, TaylorLoss
+from adalfl_lite.provenance import provenance
 
 STEPS, NOISE, SEEDS = 250, 0.4, 3
 METHODS = ("evomal", "taylorglo", "online")

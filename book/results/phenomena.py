@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, initialise
-from adalfl_lite.data import BatchSampler, Dataset, Split
-from adalfl_lite.experiments import fresh, provenance
+from adalfl_lite.compare import Task, fresh, get_task
+from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
+from adalfl_lite.engines import plain_step
 from adalfl_lite.files import atomic_path, atomic_save, load_payload
-from adalfl_lite.learning_rate import LearningRate, initialise_learning_rate
-from adalfl_lite.losses import Loss
-from adalfl_lite.steps import plain_step
-from adalfl_lite.tasks import Task, get_task
+from adalfl_lite.learn import LearningRate, initialise_learning_rate
+from adalfl_lite.losses.network import Loss
+from adalfl_lite.provenance import provenance
 from analysis.calibration import calibration_scores, predictions
 from analysis.early_stopping import push_and_gap
 from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer

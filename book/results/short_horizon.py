@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from adalfl_lite import LossNetwork, OnlineLoss, evaluate
-from adalfl_lite.experiments import fresh, provenance
+from adalfl_lite.compare import fresh, get_task
+from adalfl_lite.engines import plain_step
 from adalfl_lite.files import atomic_path
-from adalfl_lite.losses import task_loss
-from adalfl_lite.steps import plain_step
-from adalfl_lite.tasks import get_task
+from adalfl_lite.losses.network import task_loss
+from adalfl_lite.provenance import provenance
 from analysis.effective_lr import effective_learning_rate
 
 TASKS = {  # name: (the task, when to look, seeds)

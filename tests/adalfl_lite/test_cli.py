@@ -13,14 +13,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adalfl_lite import cli, experiments, methods
-from adalfl_lite.baselines import SymbolicLoss, TaylorLoss
+from adalfl_lite import cli
 from adalfl_lite.cli import app
-from adalfl_lite.data import BUNDLED
-from adalfl_lite.experiments import METHODS, final_errors
-from adalfl_lite.losses import LossNetwork
-from adalfl_lite.tasks import TASKS, get_task
-from adalfl_lite.training import evaluate
+from adalfl_lite.compare import grid as experiments
+from adalfl_lite.compare import methods
+from adalfl_lite.compare.methods import METHODS
+from adalfl_lite.compare.results import final_errors
+from adalfl_lite.compare.tasks import TASKS, get_task
+from adalfl_lite.data.dataset import BUNDLED
+from adalfl_lite.losses.network import LossNetwork
+from adalfl_lite.losses.symbolic import SymbolicLoss
+from adalfl_lite.losses.taylor import TaylorLoss
+from adalfl_lite.train.evaluation import evaluate
 
 COMMANDS = ["tasks", "methods", "train", "compare", "plot", "table"]
 WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}

@@ -21,10 +21,10 @@ from adalfl_lite import (
     initialise,
     initialise_seeds,
 )
-from adalfl_lite.data import Dataset, Split
-from adalfl_lite.online import ENGINES
+from adalfl_lite.data.dataset import Dataset, Split
+from adalfl_lite.engines.steps import plain_step
+from adalfl_lite.learn.online import ENGINES
 from adalfl_lite.passes import Attributes, Undo, replaced, slots_of, unmarked
-from adalfl_lite.steps import plain_step
 
 
 class Shared(nn.Module):

@@ -15,7 +15,7 @@ from torch.autograd import functional as AF
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses.network import LossNetwork
 from analysis.curvature import (
     SpectralDensity,
     adaptive_sharpness,

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import analysis.early_stopping
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses.network import LossNetwork
 from analysis.early_stopping import plot_early_stopping, push_and_gap, relative_push, stopping_point
 from analysis.recorder import Recorder
 

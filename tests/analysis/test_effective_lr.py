@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import analysis.effective_lr
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses.network import LossNetwork
 from analysis.effective_lr import (
     decompose,
     effective_learning_rate,

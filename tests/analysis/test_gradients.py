@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
-from adalfl_lite.losses import LossNetwork
-from adalfl_lite.metagradient import forward_mode_step
+from adalfl_lite.engines.forward import forward_mode_step
+from adalfl_lite.losses.network import LossNetwork
 from analysis.gradients import (
     gradient_cosine,
     gradient_noise,

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import analysis.label_smoothing
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses.network import LossNetwork
 from analysis.label_smoothing import (
     fit_label_smoothing,
     implied_label_smoothing,

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from sklearn.decomposition import PCA
 from torch import nn
 
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses.network import LossNetwork
 from analysis.landscape import (
     Line,
     Plane,

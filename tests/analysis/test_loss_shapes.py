@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
-from adalfl_lite.losses import LossNetwork
+from adalfl_lite.losses.network import LossNetwork
 from analysis.loss_shapes import loss_curves, plot_loss_curves, shape_measures
 
 matplotlib.use("Agg")

@@ -12,8 +12,8 @@ import pytest
 from bs4 import BeautifulSoup
 from scipy.stats import bootstrap, wilcoxon
 
-from adalfl_lite.methods import online_meta_learning_rate
-from adalfl_lite.tasks import get_task
+from adalfl_lite.compare.methods import online_meta_learning_rate
+from adalfl_lite.compare.tasks import get_task
 from analysis.statistics import holm
 
 ROOT = Path(__file__).parents[2]

@@ -23,18 +23,24 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = {
-    "adalfl_lite.updates": "adalfl_lite/test_updates.py",
-    "adalfl_lite.passes": "adalfl_lite/test_passes.py adalfl_lite/test_online.py",
-    "adalfl_lite.steps": "adalfl_lite/test_clipping.py adalfl_lite/test_passes.py trust/test_bad_input.py",
-    "adalfl_lite.unrolled": "adalfl_lite/test_metagradient.py adalfl_lite/test_clipping.py adalfl_lite/test_online.py",
-    "adalfl_lite.metagradient": "trust/test_gaps.py adalfl_lite/test_metagradient.py adalfl_lite/test_online.py",
-    "adalfl_lite.tangents": "adalfl_lite/test_tangents.py",
-    "adalfl_lite.closed_form": "adalfl_lite/test_closed_form.py trust/test_gaps.py",
-    "adalfl_lite.stacking": "adalfl_lite/test_stacking.py",
-    "adalfl_lite.online": "adalfl_lite/test_online.py",
-    "adalfl_lite.compiled": "adalfl_lite/test_compiled.py",
-    "adalfl_lite.losses": "adalfl_lite/test_losses.py",
-    "adalfl_lite.learning_rate": "adalfl_lite/test_learning_rate.py",
+    "adalfl_lite.engines.updates": "adalfl_lite/engines/test_updates.py",
+    "adalfl_lite.passes": "adalfl_lite/test_passes.py adalfl_lite/learn/test_online.py",
+    "adalfl_lite.engines.steps": (
+        "adalfl_lite/engines/test_clipping.py adalfl_lite/test_passes.py trust/test_bad_input.py"
+    ),
+    "adalfl_lite.engines.unrolled": (
+        "adalfl_lite/engines/test_forward.py adalfl_lite/engines/test_clipping.py adalfl_lite/learn/test_online.py"
+    ),
+    "adalfl_lite.engines.forward": (
+        "trust/test_gaps.py adalfl_lite/engines/test_forward.py adalfl_lite/learn/test_online.py"
+    ),
+    "adalfl_lite.engines.tangents": "adalfl_lite/engines/test_tangents.py",
+    "adalfl_lite.engines.closed_form": "adalfl_lite/engines/test_closed_form.py trust/test_gaps.py",
+    "adalfl_lite.engines.stacked": "adalfl_lite/engines/test_stacked.py",
+    "adalfl_lite.learn.online": "adalfl_lite/learn/test_online.py",
+    "adalfl_lite.engines.compiled": "adalfl_lite/engines/test_compiled.py",
+    "adalfl_lite.losses.network": "adalfl_lite/losses/test_network.py",
+    "adalfl_lite.learn.learning_rate": "adalfl_lite/learn/test_learning_rate.py",
     "analysis.attribution": "analysis/test_attribution.py",
     "analysis.calibration": "analysis/test_calibration.py",
     "analysis.curvature": "analysis/test_curvature.py -k not(learned)",
@@ -50,16 +56,16 @@ _FILTER = 'warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated",
 _MEMORY = "torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does"
 _MASK = "tangent, primal, gain, None, None, mean, scale, training, eps, [True, False, False]"
 EQUIVALENT = {
-    "adalfl_lite.compiled": {
+    "adalfl_lite.engines.compiled": {
         "USub dropped at column 40 of self.outputs = prediction.shape[-1]": "predictions of classes are (B, C)",
     },
-    "adalfl_lite.stacking": {
+    "adalfl_lite.engines.stacked": {
         f"call dropped at column 8 of {_FILTER}": "torch gives that warning once in a process; no number changes",
         f"Pow -> Mult at column 19 of {_MEMORY}": "how much memory is kept between steps; no number changes",
         f"Sub -> Add at column 24 of {_MEMORY}": "as above",
         f"16 -> 17 at column 27 of {_MEMORY}": "as above",
     },
-    "adalfl_lite.tangents": {
+    "adalfl_lite.engines.tangents": {
         f"False -> True at column 85 of {_MASK}": "a gradient more is computed, and left",
     },
     "analysis.calibration": {

@@ -47,7 +47,7 @@ def test_workers_that_draw_random_numbers_repeat_them():
 @pytest.mark.slow
 def test_another_process_finds_the_same_bits():
     code = (
-        "from adalfl_lite.experiments import run; from adalfl_lite.tasks import get_task;"
+        "from adalfl_lite.compare.grid import run; from adalfl_lite.compare.tasks import get_task;"
         "from adalfl_lite import methods;"
         "methods.INITIALISATION_STEPS, methods.MAX_REHEARSAL_STEPS = 20, 10;"
         "import torch; torch.set_num_threads(1);"

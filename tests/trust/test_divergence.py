@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite import LossNetwork, OnlineLoss, fit
-from adalfl_lite.data import BatchSampler, Dataset, Split
-from adalfl_lite.training import MAX_UNDONE
+from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
+from adalfl_lite.train.loop import MAX_UNDONE
 
 OPTIONS = {"steps": 30, "batch_size": 10, "evaluate_every": 6, "seed": 1, "progress": False}
 NAN = float("nan")

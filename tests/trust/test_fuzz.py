@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adalfl_lite import LossNetwork, fit, load_dataset, sources
-from adalfl_lite.data import Dataset, Split
-from adalfl_lite.experiments import read_results, write_results
+from adalfl_lite import LossNetwork, fit, load_dataset
+from adalfl_lite.compare.results import read_results, write_results
+from adalfl_lite.data import sources
+from adalfl_lite.data.dataset import Dataset, Split
 
 FRACTION = st.floats(0, 1, exclude_max=True)
 quick = settings(

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, OnlineLoss, metagradient
-from adalfl_lite.steps import plain_step
+from adalfl_lite import LossNetwork, OnlineLoss
+from adalfl_lite.engines import forward as metagradient
+from adalfl_lite.engines.steps import plain_step
 
 
 class Scaled(nn.Module):
@@ -84,7 +85,7 @@ def test_a_learned_loss_that_is_not_finite_leaves_the_model_as_it_was(engine, ba
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("module", ["adalfl_lite.training", "analysis.curvature"])
+@pytest.mark.parametrize("module", ["adalfl_lite.train.loop", "analysis.curvature"])
 def test_a_warning_of_ours_is_an_error(module):
     for category in (DeprecationWarning, FutureWarning, RuntimeWarning):
         with pytest.raises(category):

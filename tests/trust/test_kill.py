@@ -21,7 +21,7 @@ NO_SPACE = 28  # the victim's exit code
 def processes():
     """Forked from one that has imported everything already, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adalfl_lite.experiments", "sklearn.datasets", "torch._dynamo"])
+    context.set_forkserver_preload(["adalfl_lite.compare.grid", "sklearn.datasets", "torch._dynamo"])
     return context
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adalfl_lite import LossNetwork, OnlineLoss, load_dataset
-from adalfl_lite.data import BUNDLED, Split
-from adalfl_lite.losses import task_loss
+from adalfl_lite.data.dataset import BUNDLED, Split
+from adalfl_lite.losses.task import task_loss
 
 NAN, INF = float("nan"), float("inf")
 

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, experiments, fit, fit_seeds, methods
-from adalfl_lite.data import Dataset, Split
-from adalfl_lite.tasks import get_task
+from adalfl_lite import LossNetwork, fit, fit_seeds
+from adalfl_lite.compare import grid as experiments
+from adalfl_lite.compare import methods
+from adalfl_lite.compare.tasks import get_task
+from adalfl_lite.data.dataset import Dataset, Split
 
 NO_SPACE = 28
 

@@ -1,0 +1,34 @@
+"""How good a model is on a split."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from adalfl_lite.checks import check_counts, check_output
+from adalfl_lite.data.dataset import Split
+from adalfl_lite.losses.task import task_error, task_loss
+from adalfl_lite.passes import eval_mode
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) -> tuple[float, float]:
+    """(error, task loss) of ``model`` in eval mode over a whole split; the mode of every layer is put back.
+
+    Raises:
+        ValueError: the split is empty, or the model's outputs do not fit its targets.
+        TypeError: it is no split.
+    """
+    check_counts(batch_size=batch_size)
+    if not isinstance(split, Split):
+        raise TypeError(f"split must be a Split, such as data.test, got {type(split).__name__}")
+    if not len(split):
+        raise ValueError("the split is empty; there is nothing to evaluate on")
+    totals = [0.0, 0.0]
+    with eval_mode(model):
+        for start in range(0, len(split), batch_size):
+            inputs, targets = split[start : start + batch_size]
+            prediction = check_output(model(inputs)).float()
+            for i, measure in enumerate((task_error(kind), task_loss(kind))):
+                totals[i] += measure(prediction, targets).item() * len(targets)
+    return totals[0] / len(split), totals[1] / len(split)
