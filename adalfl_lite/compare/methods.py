@@ -23,8 +23,15 @@ from adalfl_lite.checks import unknown
 from adalfl_lite.compare.tasks import Task
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import Batch
+from adalfl_lite.learn.base import Learner, Plain
 from adalfl_lite.learn.initialisation import MakeModel, Validate, initialise, meta_learn, rehearsal
-from adalfl_lite.learn.learning_rate import LearningRate, implied_multiplier, initialise_learning_rate, replay
+from adalfl_lite.learn.learning_rate import (
+    LearningRate,
+    OnlineLearningRate,
+    implied_scale,
+    initialise_learning_rate,
+    replay,
+)
 from adalfl_lite.learn.online import OnlineLoss
 from adalfl_lite.losses.dynamical import DynamicalLoss
 from adalfl_lite.losses.fixed import FIXED, fixed_loss, summary
@@ -236,16 +243,18 @@ def train(
         scheduler = replay(optimizer, *prepared.schedule, task.schedule)
     elif how.learned_rate and how.online:
         scheduler = None  # the learning rate is learned, its drops too
-    meta: dict[str, Any] = {"online": True, "meta_batches": how.meta_batches} if how.online else {}
+    loss, measured = copy.deepcopy(prepared.loss), task_loss(data.kind)
+    learner: Learner
     if how.online and how.learned_rate:
-        meta["learn"] = "learning_rate"
-    elif how.online:
-        meta["meta_learning_rate"] = online_meta_learning_rate(task)
+        learner = OnlineLearningRate(model, loss, optimizer, task_loss=measured)
+    elif how.online and isinstance(loss, torch.nn.Module):
+        eta = online_meta_learning_rate(task)
+        learner = OnlineLoss(model, loss, optimizer, meta_learning_rate=eta, task_loss=measured)
+    else:
+        learner = Plain(model, loss, optimizer)
     return fit(
-        model,
-        copy.deepcopy(prepared.loss),
+        learner,
         data,
-        optimizer=optimizer,
         steps=task.steps,
         batch_size=task.batch_size,
         scheduler=scheduler,
@@ -254,7 +263,7 @@ def train(
         callback=callback,
         checkpoint=checkpoint,
         progress=progress,
-        **meta,
+        meta_batches=how.meta_batches if how.online else "valid",
     )
 
 
@@ -392,7 +401,7 @@ def implied_schedule(prepared: Prepared, method: str, seed: int, device: str) ->
     multipliers: list[float] = []
 
     def record(step: int, model: torch.nn.Module, loss: Loss) -> None:
-        multiplier = implied_multiplier(model, loss, plain, batch)
+        multiplier = implied_scale(model, loss, plain, batch)
         if math.isfinite(multiplier):  # else the task loss has no gradient left to multiply
             steps.append(step)
             multipliers.append(multiplier)
@@ -409,10 +418,8 @@ def tune_learning_rate(task: Task, data: Dataset, seed: int, loss: Loss, device:
         model, optimizer = fresh(candidate, data, seed, device)
         try:
             fit(
-                model,
-                copy.deepcopy(loss),  # each run begins with the same
+                Plain(model, copy.deepcopy(loss), optimizer),  # each run begins with the same
                 data,
-                optimizer=optimizer,
                 steps=task.steps,
                 batch_size=task.batch_size,
                 scheduler=candidate.make_scheduler(optimizer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -22,7 +23,11 @@ from adalfl_lite.compare.methods import (
 )
 from adalfl_lite.compare.tasks import Task
 from adalfl_lite.data.dataset import Dataset
-from adalfl_lite.train.seeds import fit_seeds, initialise_seeds
+from adalfl_lite.learn.base import Plain
+from adalfl_lite.learn.online import OnlineLoss
+from adalfl_lite.learn.stacked import Stacked
+from adalfl_lite.train.loop import fit
+from adalfl_lite.train.seeds import initialise_seeds
 
 STACKED_LOSSES = ("adalfl", "ml3")
 
@@ -92,16 +97,20 @@ def train_together(
     how, task = get_method(method), prepared[0].task
     if how.online and meta_learning_rate is None:
         meta_learning_rate = online_meta_learning_rate(task)
-    history = fit_seeds(
-        [fresh(task, one.data, seed, device)[0] for one, seed in zip(prepared, seeds, strict=True)],
-        copy.deepcopy([one.loss for one in prepared]) if how.loss in STACKED_LOSSES else None,  # type: ignore[arg-type]
+    losses = copy.deepcopy([one.loss for one in prepared])
+    learners: list[Any] = []
+    for one, seed, loss in zip(prepared, seeds, losses, strict=True):
+        model, optimizer = fresh(task, one.data, seed, device)
+        if how.online:
+            learners.append(OnlineLoss(model, loss, optimizer, meta_learning_rate=meta_learning_rate))  # type: ignore[arg-type]
+        else:
+            learners.append(Plain(model, loss, optimizer))
+    history = fit(
+        Stacked(learners),
         [one.data for one in prepared],
-        make_optimizer=task.make_optimizer,
-        seeds=seeds,
+        seed=list(seeds),
         steps=task.steps,
         batch_size=task.batch_size,
-        online=how.online,
-        meta_learning_rate=meta_learning_rate,
         progress=progress,
         meta_batches=how.meta_batches if how.online else "valid",
     )

@@ -1,4 +1,4 @@
-"""The step of :func:`~adalfl_lite.engines.forward.forward_mode_step` through ``torch.compile``.
+"""The engine "forward" through ``torch.compile``.
 
 A step of a small model is hundreds of kernels of microseconds, and calling them costs more than what they compute. Here
 it is three functions of tensors, each compiled as a whole, with the optimizer between them as it is:
@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
-from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_targets, unknown
+from adalfl_lite.engines.base import MetaStep, Problem
 from adalfl_lite.engines.closed_form import Along, derivatives, in_closed_form
-from adalfl_lite.engines.forward import MetaStep, forward_mode_step
+from adalfl_lite.engines.forward import Forward
 from adalfl_lite.engines.steps import (
-    NO_CLIPPING,
     Batch,
     Batches,
     check_early,
@@ -38,9 +37,8 @@ from adalfl_lite.engines.steps import (
     take_step,
 )
 from adalfl_lite.engines.tangents import check_agreement, inner_product, tolerance_of
-from adalfl_lite.engines.updates import Clipping
 from adalfl_lite.losses.network import LossNetwork
-from adalfl_lite.losses.task import Loss, output_pairs
+from adalfl_lite.losses.task import output_pairs
 from adalfl_lite.passes import RandomState, Undo, forward, modules_of, optimizer_parameters, replaced, slots_of
 
 
@@ -49,36 +47,28 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
 
 
-class CompiledStep:
-    """``step(batch, meta_batch)`` is :func:`~adalfl_lite.engines.forward.forward_mode_step`, compiled.
+class Compiled:
+    """:class:`~adalfl_lite.engines.forward.Forward`, compiled; an engine that also takes a mode.
 
     Args:
-        model: f_θ; draws no random numbers in its forward pass, for the tangent pass could not draw them again.
-        loss_network: M_φ, a :class:`~adalfl_lite.losses.network.LossNetwork`.
-        optimizer, task_loss, clipping, autocast: as there.
+        problem: its model draws no random numbers in its forward pass, for the tangent pass could not draw them again;
+            its loss network is a :class:`~adalfl_lite.losses.LossNetwork`.
         mode: of ``torch.compile``, such as "default" or "reduce-overhead".
 
     Raises:
         ValueError, TypeError: the mode is unknown, or the loss network not one whose derivatives are in closed form.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_network: nn.Module,
-        optimizer: Optimizer,
-        task_loss: Loss,
-        *,
-        mode: str,
-        clipping: Clipping = NO_CLIPPING,
-        autocast: torch.dtype | None = None,
-    ):
+    def __init__(self, problem: Problem, mode: str):
         if mode not in (modes := torch._inductor.list_mode_options()):
             raise unknown("compile mode", str(mode), modes)
-        if not (isinstance(loss_network, LossNetwork) and in_closed_form(loss_network)):
-            raise TypeError(f"{type(loss_network).__name__} cannot be compiled; give a LossNetwork, or no compile mode")
-        self.model, self.loss_network, self.optimizer, self.task_loss = model, loss_network, optimizer, task_loss
-        self.mode, self.clipping, self.autocast = mode, clipping, autocast
+        if problem.process_group is not None:
+            raise ValueError(f"compile={mode!r} needs engine='forward' and no process_group; leave it out")
+        network = problem.loss_network
+        if not (isinstance(network, LossNetwork) and in_closed_form(network)):
+            raise TypeError(f"{type(network).__name__} cannot be compiled; give a LossNetwork, or no compile mode")
+        self.problem, self.mode = problem, mode
+        self.model, self.loss_network, self.optimizer = problem.model, network, problem.optimizer
         self.reached: list[int] = []
         self.slots: list[tuple[str, int]] = []
         """The name of each slot of the model that another tensor is put into, and its index in θ and the buffers."""
@@ -126,8 +116,7 @@ class CompiledStep:
                 index = {id(tensor): i for i, tensor in enumerate(own)}
                 self.slots = [(name, index[id(t)]) for name, t in slots_of(self.model) if id(t) in index]
             if case != self.case:
-                arguments = (self.model, self.loss_network, self.optimizer, batch, meta_batch, self.task_loss)
-                return forward_mode_step(*arguments, clipping=self.clipping, autocast=self.autocast, undo=undo)
+                return Forward(self.problem)(batch, meta_batch, undo)
             if self.loss_network.kind == "classification":  # a compiled kernel reads beyond the end
                 check_targets(parts[0][1], "batch: targets", classes=self.outputs)
                 check_targets(parts[1][1], "meta_batch: targets", classes=self.outputs)
@@ -141,29 +130,29 @@ class CompiledStep:
         phi = [parameter.detach() for parameter in self.loss_network.parameters()]
 
         found = self._run(self.training_pass, theta, buffers, phi, *batch)
-        prediction, learned_loss, slope, gradients, new_buffers = found
-        check_early(learned_loss, self.model)
+        prediction, training_loss, slope, gradients, new_buffers = found
+        check_early(training_loss, self.model)
         with torch.no_grad():
             for buffer, new in zip(self.model.buffers(), new_buffers, strict=True):
                 buffer.copy_(new)
-        pullback = take_step(self.optimizer, parameters, self.reached, gradients, self.clipping)
+        pullback = take_step(self.optimizer, parameters, self.reached, gradients, self.problem.clipping)
 
         meta_loss, v = self._run(self.meta_pass, theta, new_buffers, *meta_batch)
         w = pullback(v)
         tangent, along = self._run(self.tangent_pass, before, w, buffers, phi, prediction, *batch)
-        precision = tolerance_of(self.autocast or prediction.dtype, *(g.dtype for g in gradients))
+        precision = tolerance_of(self.problem.autocast or prediction.dtype, *(g.dtype for g in gradients))
         along_w = inner_product(slope, tangent)
         check_agreement(gradients, w, along_w, lambda: slope.norm() * tangent.norm(), tolerance=precision)
         wanted = [g for g, p in zip(along, self.loss_network.parameters(), strict=True) if p.requires_grad]
         # cloned, since a CUDA graph writes its results to the same place at every step
-        meta_gradient, *others = wanted, learned_loss, meta_loss, prediction, tangent
+        meta_gradient, *others = wanted, training_loss, meta_loss, prediction, tangent
         return MetaStep([gradient.clone() for gradient in meta_gradient], *(other.clone() for other in others))
 
     def _reached(self, batch: Batch) -> list[int]:
         """Which of the optimizer's parameters the output depends on, and whether the step can be compiled at all."""
         random, parameters = RandomState(self.model), optimizer_parameters(self.optimizer)
         with replaced(self.model, {id(buffer): buffer.clone() for buffer in self.model.buffers()}):
-            prediction = forward(self.model, batch[0], self.autocast)
+            prediction = forward(self.model, batch[0], self.problem.autocast)
         if RandomState(self.model) != random:
             raise ValueError("the model draws random numbers, which a compiled step cannot repeat; leave compile out")
         self.loss_network(prediction, batch[1])  # says what does not fit
@@ -184,7 +173,7 @@ class CompiledStep:
         """f(x), and the buffers that the pass leaves behind."""
         new = [buffer.clone() for buffer in buffers]
         tensors = [*theta, *new]
-        return forward(self.model, inputs, self.autocast, {name: tensors[i] for name, i in self.slots}), new
+        return forward(self.model, inputs, self.problem.autocast, {name: tensors[i] for name, i in self.slots}), new
 
     def _derivatives(self, phi: list[Tensor], prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Along]:
         pairs = output_pairs(self.loss_network.kind, prediction, targets, phi[0].dtype)
@@ -205,7 +194,7 @@ class CompiledStep:
         self, theta: list[Tensor], buffers: list[Tensor], inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """L_T and ∇_θ L_T."""
-        passed: Any = vjp(lambda t: self.task_loss(self._forward(t, buffers, inputs)[0], targets), theta)
+        passed: Any = vjp(lambda t: self.problem.task_loss(self._forward(t, buffers, inputs)[0], targets), theta)
         loss, pull_back = passed
         return loss, list(pull_back(torch.ones_like(loss))[0])
 

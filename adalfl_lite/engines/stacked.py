@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import jvp, stack_module_state, vmap
 from torch.optim import Optimizer
 
 from adalfl_lite.engines.closed_form import Along, derivatives, in_closed_form
@@ -35,10 +35,8 @@ class Stack:
     def __init__(self, models: Sequence[nn.Module]):
         self.models = list(models)
         self.model = models[0]
-        rows = zip(*(model.parameters() for model in models), strict=True)
-        self.parameters = [torch.stack([p.detach() for p in row]).requires_grad_() for row in rows]
-        buffers = [dict(model.named_buffers()) for model in models]
-        self.buffers = {name: torch.stack([row[name] for row in buffers]) for name in buffers[0]}
+        parameters, self.buffers = stack_module_state(self.models)
+        self.parameters = list(parameters.values())
         self.like_alone = False
         """Whether a step has shown that a member of the stack is what the model is alone."""
 
@@ -91,8 +89,8 @@ class StackedLoss:
 
     def __init__(self, networks: Sequence[LossNetwork]):
         self.networks = networks
-        rows = zip(*(network.parameters() for network in networks), strict=True)
-        self.parameters = [torch.stack([p.detach() for p in row]) for row in rows]
+        stacked, _ = stack_module_state(list(networks))
+        self.parameters = [parameter.detach() for parameter in stacked.values()]
 
     def state_dict(self) -> dict:
         """φ, stacked."""
@@ -130,98 +128,123 @@ def task_losses(kind: str, prediction: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StackedStep:
-    """What :func:`stacked_step` found, for each of the S seeds."""
+    """What a step of a :class:`StackedForward` left behind, for each of the S models."""
 
-    learned_loss: Tensor
+    training_loss: Tensor
     """(S,), before the step."""
-    task_loss: Tensor
-    """(S,), on the meta batch after the step; without one, the learned loss."""
+    meta_loss: Tensor | None
+    """(S,), the task loss on the meta batch after the step; None without one."""
     meta_gradient: list[Tensor] | None
-    """∇_φ of it, stacked as φ is; None without a meta batch."""
+    """∇_φ of it, stacked as φ is; None without a meta batch or a learned loss."""
 
     def finite(self) -> Tensor:
-        """Which seeds have finite losses and a finite meta-gradient: bool (S,)."""
-        good = self.learned_loss.isfinite() & self.task_loss.isfinite()
+        """Which models have finite losses and a finite meta-gradient: bool (S,)."""
+        good = self.training_loss.isfinite()
+        if self.meta_loss is not None:
+            good = good & self.meta_loss.isfinite()
         for gradient in self.meta_gradient or []:
-            good &= gradient.isfinite().flatten(1).all(1)
+            good = good & gradient.isfinite().flatten(1).all(1)
         return good
 
 
-def stacked_step(
-    stack: Stack,
-    loss: StackedLoss | None,
-    optimizer: torch.optim.Optimizer,
-    kind: str,
-    batch: tuple[Tensor, Tensor],
-    meta_batch: tuple[Tensor, Tensor] | None = None,
-) -> StackedStep:
-    """One step of every θ on its batch, and ∇_φ of the task loss that it leads to on the meta batch, if there is one.
+class StackedForward:
+    """:class:`~adalfl_lite.engines.forward.Forward` for S models and S loss networks at once.
 
     Args:
-        stack, loss, optimizer: θ, φ (None: the task loss) and the optimizer of ``stack.parameters``; φ is left alone.
-        kind: of the task loss.
-        batch, meta_batch: inputs (S, B, ...) and targets (S, B) or (S, B, K).
+        stack: θ, stacked; each model is one of those that :func:`check_stackable` knows.
+        loss: φ, stacked, which is left alone; None trains with the task loss.
+        optimizer: of ``stack.parameters``.
+        kind: of the task loss, "classification" or "regression".
 
     Raises:
-        NotImplementedError: the models have no right forward-mode derivative as a stack; all is as it was.
+        TypeError: the optimizer is not known to treat every entry alike.
     """
-    buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
-    with Undo(stack.model, optimizer) as undo:
-        try:
-            return _stacked_step(stack, loss, optimizer, kind, batch, meta_batch, undo.before, buffers)
-        except BaseException as error:
-            for name, buffer in stack.buffers.items():
-                buffer.copy_(buffers[name])
-            if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError | torch.OutOfMemoryError):
-                raise NotImplementedError(
-                    f"these models cannot pass as a stack: {error}; train them with fit, one by one"
-                ) from error
-            raise
 
+    def __init__(self, stack: Stack, loss: StackedLoss | None, optimizer: Optimizer, kind: str):
+        check_elementwise(optimizer)
+        self.stack, self.loss, self.optimizer, self.kind = stack, loss, optimizer, kind
 
-def _stacked_step(
-    stack: Stack,
-    loss: StackedLoss | None,
-    optimizer: torch.optim.Optimizer,
-    kind: str,
-    batch: tuple[Tensor, Tensor],
-    meta_batch: tuple[Tensor, Tensor] | None,
-    before: list[Tensor],
-    buffers: dict[str, Tensor],
-) -> StackedStep:
-    """The step, with copies of θ and the buffers as they are before it."""
-    inputs, targets = batch
-    prediction = stack(stack.parameters, stack.buffers, inputs)
-    if loss is None:
-        learned = task_losses(kind, prediction, targets)
-        gradients = torch.autograd.grad(learned.sum(), stack.parameters, retain_graph=not stack.like_alone)
-    else:
-        learned, slope, derivative = loss.derivatives(prediction.detach(), targets)
-        gradients = torch.autograd.grad(prediction, stack.parameters, slope)
-    if not stack.like_alone:
-        cotangent = torch.autograd.grad(learned.sum(), prediction)[0] if loss is None else slope
-        _check_alone(stack, buffers, inputs, prediction, cotangent, gradients)
-        stack.like_alone = True
-    pullback = update_pullback(optimizer, gradients) if meta_batch else None
-    given = [g.clone() for g in gradients] if changes_gradients(optimizer) else gradients
-    apply_gradients(optimizer, stack.parameters, given)
-    learned = learned.detach()
-    if loss is None or meta_batch is None or pullback is None:
-        return StackedStep(learned, learned, None)
+    def __call__(
+        self, batch: tuple[Tensor, Tensor], meta_batch: tuple[Tensor, Tensor] | None = None, undo: Undo | None = None
+    ) -> StackedStep:
+        """One step of every θ on its batch, and ∇_φ of the task loss that it leads to on the meta batch.
 
-    meta_buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
-    task = task_losses(kind, stack(stack.parameters, meta_buffers, meta_batch[0]), meta_batch[1])
-    w = pullback(torch.autograd.grad(task.sum(), stack.parameters))
+        Args:
+            batch, meta_batch: inputs (S, B, ...) and targets (S, B) or (S, B, K); without a meta batch there is no
+                meta-gradient, and with the task loss none either.
+            undo: of the stack's first model and this optimizer.
 
-    def output(*theta: Tensor) -> Tensor:
-        return stack(theta, {name: buffer.clone() for name, buffer in buffers.items()}, inputs)
+        Raises:
+            NotImplementedError: the models have no right forward-mode derivative as a stack; all is as it was.
+        """
+        stack = self.stack
+        buffers = {name: buffer.clone() for name, buffer in stack.buffers.items()}
+        with undo or Undo(stack.model, self.optimizer) as undo:
+            try:
+                return self._step(batch, meta_batch, undo.before, buffers)
+            except BaseException as error:
+                for name, buffer in stack.buffers.items():
+                    buffer.copy_(buffers[name])
+                known = isinstance(error, NotImplementedError | torch.OutOfMemoryError)
+                if isinstance(error, RuntimeError) and not known:
+                    raise NotImplementedError(
+                        f"these models cannot pass as a stack: {error}; train them with fit, one by one"
+                    ) from error
+                raise
 
-    with torch.no_grad(), differentiable_kernels(stack.model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
-        tangent = jvp(output, tuple(before), tuple(w))[1]
-    along, tolerance = inner_product(slope, tangent), tolerance_of(prediction.dtype)
-    check_agreement(gradients, w, along, lambda: slope.norm() * tangent.norm(), tolerance=tolerance)
-    return StackedStep(learned, task.detach(), derivative(tangent))
+    def _step(
+        self,
+        batch: tuple[Tensor, Tensor],
+        meta_batch: tuple[Tensor, Tensor] | None,
+        before: list[Tensor],
+        buffers: dict[str, Tensor],
+    ) -> StackedStep:
+        """The step, with copies of θ and the buffers as they are before it; equations of ``engines.forward``."""
+        stack, loss = self.stack, self.loss
+        prediction = stack(stack.parameters, stack.buffers, batch[0])
+        if loss is None:
+            training_loss = task_losses(self.kind, prediction, batch[1])
+            # the models never meet, so the gradient of the sum holds that of each
+            gradients = torch.autograd.grad(training_loss.sum(), stack.parameters, retain_graph=not stack.like_alone)
+        else:
+            training_loss, slope, derivative = loss.derivatives(prediction.detach(), batch[1])
+            gradients = torch.autograd.grad(prediction, stack.parameters, slope)
+        if not stack.like_alone:
+            cotangent = torch.autograd.grad(training_loss.sum(), prediction)[0] if loss is None else slope
+            _check_alone(stack, buffers, batch[0], prediction, cotangent, gradients)
+            stack.like_alone = True
+        # θ' = U(θ, g), and its derivative by g while the optimizer's state is still the old one
+        pullback = update_pullback(self.optimizer, gradients) if loss is not None and meta_batch else None
+        given = [g.clone() for g in gradients] if changes_gradients(self.optimizer) else gradients
+        apply_gradients(self.optimizer, stack.parameters, given)
+        training_loss = training_loss.detach()
+        if meta_batch is None:
+            return StackedStep(training_loss, None, None)
+
+        meta_loss, v = self.gradient_after(meta_batch)
+        if loss is None or pullback is None:
+            return StackedStep(training_loss, meta_loss, None)
+        w = pullback(v)  # equation (1)
+        tangent = self._tangent(before, w, buffers, batch[0])  # equation (2)
+        along, tolerance = inner_product(slope, tangent), tolerance_of(prediction.dtype)
+        check_agreement(gradients, w, along, lambda: slope.norm() * tangent.norm(), tolerance=tolerance)
+        return StackedStep(training_loss, meta_loss, derivative(tangent))  # equation (3)
+
+    def gradient_after(self, meta_batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """L_T (S,) at the θ that now is, and v = ∇_θ L_T; the buffers stay."""
+        buffers = {name: buffer.clone() for name, buffer in self.stack.buffers.items()}
+        task = task_losses(self.kind, self.stack(self.stack.parameters, buffers, meta_batch[0]), meta_batch[1])
+        return task.detach(), torch.autograd.grad(task.sum(), self.stack.parameters)
+
+    def _tangent(self, before: list[Tensor], w: Sequence[Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """u = J_f(θ) w of every model, (S, B, C), at the θ and the buffers of before the step."""
+
+        def output(*theta: Tensor) -> Tensor:
+            return self.stack(theta, {name: buffer.clone() for name, buffer in buffers.items()}, inputs)
+
+        with torch.no_grad(), differentiable_kernels(self.stack.model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
+            return jvp(output, tuple(before), tuple(w))[1]
 
 
 def _check_alone(
@@ -276,6 +299,8 @@ def keep_freed_memory() -> None:
 
 def check_stackable(models: Sequence[nn.Module], losses: Sequence[nn.Module]) -> None:
     """Raise ``ValueError`` or ``TypeError``, with the reason, unless one program trains these as each would alone."""
+    if len({type(model) for model in models}) > 1 or len({model.training for model in models}) > 1:
+        raise ValueError("the models differ in class or mode; all must be of one architecture, and in train mode")
     for name, modules in (("models", models), ("losses", losses)):
         shapes = [
             [(key, value.shape, value.dtype, value.device) for key, value in m.state_dict().items()] for m in modules

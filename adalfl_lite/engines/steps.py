@@ -228,13 +228,19 @@ def take_step(
     return lambda vectors: unclip(pullback(vectors))
 
 
-def check_early(learned_loss: Tensor, model: nn.Module) -> None:
+def check_autocast(autocast: torch.dtype | None) -> None:
+    """Raise ``ValueError`` unless this is None or a dtype of 16 bits that torch can autocast to."""
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}; leave it out for neither")
+
+
+def check_early(training_loss: Tensor, model: nn.Module) -> None:
     """Before θ moves: raise if the loss is not finite.
 
     A GPU would have to be waited for; there a loss that is not finite is seen after the step, by ``OnlineLoss``.
     """
-    if learned_loss.device.type == "cpu" and not torch.isfinite(learned_loss):
-        check_finite({"learned loss": learned_loss}, model)
+    if training_loss.device.type == "cpu" and not torch.isfinite(training_loss):
+        check_finite({"learned loss": training_loss}, model)
 
 
 REENTRANT = (

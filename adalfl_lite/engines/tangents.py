@@ -143,33 +143,6 @@ def output_tangent(
 
 
 @torch.no_grad()
-def finite_difference_tangent(
-    model: nn.Module,
-    state: Replacements,
-    tangents: Tangents,
-    inputs: Tensor,
-    autocast: torch.dtype | None,
-    prediction: Tensor,
-    attributes: Attributes | None = None,
-) -> Tensor:
-    """u ≈ (f(θ + εw) − f(θ)) / ε, (B, C), with f(θ) given as ``prediction``; arguments as above.
-
-    The step ε = √δ (1 + ‖θ‖) / 10‖w‖ balances rounding, δ being the precision of the pass, against curvature and the
-    kinks of ReLU and max pooling.
-    """
-    theta, w = (torch._foreach_norm([pair[i] for pair in tangents.values()]) for i in (0, 1))
-    length = torch.stack(w).norm()
-    if length == 0:
-        return torch.zeros_like(prediction)
-    precision = torch.finfo(autocast or prediction.dtype).eps
-    epsilon = 0.1 * precision**0.5 * (1 + torch.stack(theta).norm()) / length
-    moved = {key: theta + epsilon * w for key, (theta, w) in tangents.items()}
-    with unmarked(model), replaced(model, {**state, **moved}):
-        if attributes is not None:
-            attributes.restore()
-        return (forward(model, inputs, autocast) - prediction) / epsilon
-
-
 def check_agreement(
     gradients: Sequence[Tensor],
     w: Sequence[Tensor],

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
-from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from adalfl_lite.checks import check_scalar
-from adalfl_lite.engines.forward import MetaStep
+from adalfl_lite.engines.base import MetaStep, Problem
 from adalfl_lite.engines.steps import (
     CHANGED,
-    NO_CLIPPING,
     Batch,
     Batches,
     apply_gradients,
@@ -45,8 +43,7 @@ from adalfl_lite.engines.tangents import (
     inner_product,
     tolerance_of,
 )
-from adalfl_lite.engines.updates import Clipping, functional_update
-from adalfl_lite.losses.task import Loss
+from adalfl_lite.engines.updates import functional_update
 from adalfl_lite.passes import (
     Buffers,
     RandomState,
@@ -61,64 +58,84 @@ from adalfl_lite.passes import (
 )
 
 
-def unrolled_step(
-    model: nn.Module,
-    loss_network: nn.Module,
-    optimizer: Optimizer,
-    batches: Sequence[Batches],
-    meta_batch: Batches,
-    task_loss: Loss,
-    *,
-    clipping: Clipping = NO_CLIPPING,
-    autocast: torch.dtype | None = None,
-    undo: Undo | None = None,
-) -> MetaStep:
-    """``len(batches)`` base steps with M_φ, differentiated by double backward through all of them.
+class Unrolled:
+    """Steps with M_φ, differentiated by double backward through all of them; an engine.
 
-    Arguments and result are those of :func:`forward_mode_step`; ``learned_loss`` and ``prediction`` are the first
-    step's. The real optimizer takes the same steps, so θ and its state end bit for bit where torch.optim puts them.
-
-    What the model holds constant in its backward pass (``torch.no_grad``, ``detach``) is a constant in the derivative
-    of several steps too.
+    The real optimizer takes the same steps, so θ and its state end bit for bit where torch.optim puts them. What the
+    model holds constant in its backward pass (``torch.no_grad``, ``detach``) is a constant in the derivative of several
+    steps too.
     """
-    if not batches:
-        raise ValueError("unrolled_step needs at least one training batch, got none")
-    phi = [p for p in loss_network.parameters() if p.requires_grad]
-    with undo or Undo(model, optimizer) as undo, differentiable_kernels(model):
-        check_step(model, optimizer)
-        _check_no_module_hooks(model)
-        parameters = optimizer_parameters(optimizer)
-        theta = [b.requires_grad_(p.requires_grad) for b, p in zip(clones(undo.before), parameters, strict=True)]
-        state = None
-        steps: list[_Unrolled] = []
-        for batch in batches:
-            step = _unrolled_gradient(model, loss_network, parameters, theta, micro_batches(batch), autocast)
-            check_early(step.learned_loss, model)
-            check_delivered(parameters, step.gradients)
-            gradients = clipping(step.gradients)
-            theta, state = functional_update(optimizer, theta, gradients, state)
-            apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
-            steps.append(step)
-        buffers, random = Buffers(model), RandomState(model)
-        losses = []
-        meta_parts = micro_batches(meta_batch)
-        new = {id(p): t for p, t in zip(parameters, theta, strict=True)}
-        for share, (inputs, targets) in zip(shares_of(meta_parts), meta_parts, strict=True):
-            with unmarked(model), replaced(model, {**new, **buffers.fresh()}), _twice_differentiable():
-                losses.append((share, task_loss(forward(model, inputs, autocast), targets)))
-        meta_loss = total(losses)
-        meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
-        random.restore()
-        if not same_values([p for p, _ in undo.frozen], [copy for _, copy in undo.frozen]):
-            raise ValueError(CHANGED)
+
+    def __init__(self, problem: Problem):
+        if problem.process_group is not None:
+            raise ValueError("engine='unrolled' runs in one process; leave process_group out")
+        if hasattr(problem.model, "_orig_mod"):
+            raise ValueError("a compiled model has no double backward; use engine='forward', or do not compile it")
+        self.problem = problem
+
+    def __call__(self, batch: Batches, meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
+        """The step, see :class:`~adalfl_lite.engines.base.Engine`."""
+        return self.unroll([batch], meta_batch, undo)
+
+    def unroll(self, batches: Sequence[Batches], meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
+        """A step on each of ``batches``, and ∇_φ of the task loss after the last one.
+
+        ``training_loss`` and ``prediction`` are the first step's. Errors are those of a single step.
+        """
+        if not batches:
+            raise ValueError("unrolling needs at least one training batch, got none")
+        problem = self.problem
+        model, optimizer = problem.model, problem.optimizer
+        phi = [p for p in problem.loss_network.parameters() if p.requires_grad]
+        with undo or Undo(model, optimizer) as undo, differentiable_kernels(model):
+            check_step(model, optimizer)
+            _check_no_module_hooks(model)
+            parameters = optimizer_parameters(optimizer)
+            # θ_0 as leaves of a graph that goes on through every step
+            theta = [b.requires_grad_(p.requires_grad) for b, p in zip(clones(undo.before), parameters, strict=True)]
+            state = None
+            steps: list[_Unrolled] = []
+            for batch in batches:
+                step = _unrolled_gradient(problem, parameters, theta, micro_batches(batch))
+                check_early(step.training_loss, model)
+                check_delivered(parameters, step.gradients)
+                gradients = problem.clipping(step.gradients)
+                # the same step twice: θ_{k+1} = U(θ_k, g_k) with its graph, and the user's own parameters without
+                theta, state = functional_update(optimizer, theta, gradients, state)
+                apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
+                steps.append(step)
+            meta_loss = _meta_loss(problem, {id(p): t for p, t in zip(parameters, theta, strict=True)}, meta_batch)
+            meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
+            if not same_values([p for p, _ in undo.frozen], [copy for _, copy in undo.frozen]):
+                raise ValueError(CHANGED)
+            _check_identity(problem, steps, pairs)
         first = steps[0]
-        for step, (w, u) in zip(steps, pairs, strict=True):
-            given = [g.detach() for g in step.gradients if g is not None]
-            slopes = [s.detach() for s in step.slopes]
-            along = sum(inner_product(s, t) for s, t in zip(slopes, u, strict=True))
-            precision = tolerance_of(autocast or first.prediction.dtype, *(g.dtype for g in given))
-            check_agreement(given, w, torch.as_tensor(along), partial(bound_of, slopes, u), tolerance=precision)
-    return MetaStep(meta_gradient, first.learned_loss, meta_loss.detach(), first.prediction, None)
+        return MetaStep(meta_gradient, first.training_loss, meta_loss.detach(), first.prediction, None)
+
+
+def _meta_loss(problem: Problem, theta: dict[int, Tensor], meta_batch: Batches) -> Tensor:
+    """L_T at θ, with its graph; buffers and the random state are left as they were."""
+    model = problem.model
+    buffers, random = Buffers(model), RandomState(model)
+    losses = []
+    parts = micro_batches(meta_batch)
+    for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
+        with unmarked(model), replaced(model, {**theta, **buffers.fresh()}), _twice_differentiable():
+            losses.append((share, problem.task_loss(forward(model, inputs, problem.autocast), targets)))
+    random.restore()
+    return total(losses)
+
+
+def _check_identity(
+    problem: Problem, steps: Sequence[_Unrolled], pairs: Sequence[tuple[list[Tensor], list[Tensor]]]
+) -> None:
+    """⟨g, w⟩ = ⟨s, u⟩ at every step: both sides are the derivative of M_φ along w."""
+    for step, (w, u) in zip(steps, pairs, strict=True):
+        given = [g.detach() for g in step.gradients if g is not None]
+        slopes = [s.detach() for s in step.slopes]
+        along = sum(inner_product(s, t) for s, t in zip(slopes, u, strict=True))
+        precision = tolerance_of(problem.autocast or steps[0].prediction.dtype, *(g.dtype for g in given))
+        check_agreement(given, w, torch.as_tensor(along), partial(bound_of, slopes, u), tolerance=precision)
 
 
 @dataclass(frozen=True)
@@ -128,38 +145,34 @@ class _Unrolled:
     gradients: list[Tensor | None]
     slopes: list[Tensor]
     """∂M_φ/∂f of each part, times its share."""
-    learned_loss: Tensor
+    training_loss: Tensor
     prediction: Tensor
 
 
 def _unrolled_gradient(
-    model: nn.Module,
-    loss_network: nn.Module,
-    parameters: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    parts: Sequence[Batch],
-    autocast: torch.dtype | None,
+    problem: Problem, parameters: Sequence[Tensor], theta: Sequence[Tensor], parts: Sequence[Batch]
 ) -> _Unrolled:
     """∇_θ M_φ at ``theta`` in the place of ``parameters``, as J_fᵀ ∂M_φ/∂f, so that both factors can be asked for."""
+    model = problem.model
     gradients: list[Tensor | None] = [None] * len(theta)
     slopes, losses, predictions = [], [], []
     versions, copies = [t._version for t in theta], clones(theta)
     for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
         with replaced(model, {id(p): t for p, t in zip(parameters, theta, strict=True)}), _twice_differentiable():
-            prediction = forward(model, inputs, autocast)
+            prediction = forward(model, inputs, problem.autocast)
         if [t._version for t in theta] != versions or not same_values(theta, copies):
             raise ValueError(CHANGED)
-        learned_loss = loss_network(prediction, targets)
-        check_scalar(learned_loss)
+        training_loss = problem.loss_network(prediction, targets)
+        check_scalar(training_loss)
         with _differentiated_twice():
-            (slope,) = weighted(share, torch.autograd.grad(learned_loss, prediction, create_graph=True))
+            (slope,) = weighted(share, torch.autograd.grad(training_loss, prediction, create_graph=True))
             found = gradients_of(prediction, theta, grad_outputs=slope, create_graph=True)
         for i, gradient in enumerate(found):
             if gradient is not None:
                 earlier = gradients[i]
                 gradients[i] = gradient if earlier is None else earlier + gradient
         slopes.append(slope)
-        losses.append((share, learned_loss.detach()))
+        losses.append((share, training_loss.detach()))
         predictions.append(prediction.detach())
     # views, for one gradient may be made of another, and the derivative along it must not count that way
     views = [None if g is None else g.view_as(g) for g in gradients]

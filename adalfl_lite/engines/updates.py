@@ -51,7 +51,7 @@ def check_own_step(optimizer: Optimizer) -> None:
         raise TypeError(
             f"{type(optimizer).__name__} has a step() of its own, {step.__qualname__}, whose derivative is not known;"
             " use an optimizer of torch.optim as it is. To clip, use clip_gradient_norm= or clip_gradient_value= of"
-            " OnlineLoss or fit; what changes weights, do between the steps"
+            " OnlineLoss; what changes weights, do between the steps"
         )
 
 

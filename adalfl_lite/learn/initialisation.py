@@ -30,9 +30,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from adalfl_lite.checks import check_counts, check_factories, check_pair, check_used
+from adalfl_lite.engines import ENGINES
 from adalfl_lite.engines.steps import NO_CLIPPING, Batch, plain_step
 from adalfl_lite.engines.updates import Clipping
-from adalfl_lite.learn.online import ENGINES, OnlineLoss, default_task_loss
+from adalfl_lite.learn.online import OnlineLoss, default_task_loss
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import Loss, task_error
 from adalfl_lite.passes import eval_mode
@@ -227,7 +228,7 @@ def meta_learn(
             learner, remaining, first_loss = draw(), rollout_steps, math.inf
         remaining -= 1
         try:
-            current = learner.step(next(train_batches), next(meta_batches)).task_loss.item()
+            current = learner.step(next(train_batches), next(meta_batches)).meta_loss.item()
         except FloatingPointError:
             current = math.inf
         first_loss = min(first_loss, current) if first_loss == math.inf else first_loss

@@ -13,7 +13,7 @@ relative change per meta step independent of its size; the paper learns α itsel
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite, check_trainable, check_used
-from adalfl_lite.engines.forward import meta_pass
+from adalfl_lite.engines.recorded import meta_pass
 from adalfl_lite.engines.steps import (
     CHANGED,
     Batch,
@@ -32,6 +32,7 @@ from adalfl_lite.engines.steps import (
     add,
     advance,
     check_apart,
+    check_autocast,
     check_model,
     micro_batches,
     plain_gradients,
@@ -40,6 +41,7 @@ from adalfl_lite.engines.steps import (
     weighted,
 )
 from adalfl_lite.engines.updates import Clipping, check_no_gradient, check_no_hooks, check_own_step
+from adalfl_lite.learn.base import Learner, check_same_device, describe_training, state_of_loss
 from adalfl_lite.learn.initialisation import (
     VALIDATION_BATCHES,
     Initialisation,
@@ -51,6 +53,7 @@ from adalfl_lite.learn.initialisation import (
     rehearsal,
     validator,
 )
+from adalfl_lite.learn.online import check_meta_rate, describe_meta_optimizer
 from adalfl_lite.losses.task import Loss, task_error, task_loss
 from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
 
@@ -68,7 +71,8 @@ PROPORTIONAL = (
 """Optimizers whose step is proportional to their learning rate, weight decay included."""
 
 INITIAL_META_LEARNING_RATE = 1e-2
-ONLINE_META_LEARNING_RATE = 1e-3
+RATE_META_LEARNING_RATE = 1e-3
+"""η of Algorithm 4, about the relative change of α in a step."""
 
 
 class LearningRate(nn.Module):
@@ -107,13 +111,13 @@ class RateStep:
 
     meta_gradient: list[Tensor]
     """∂L_T(θ')/∂ log α, equation (1), a list of one tensor (groups,)."""
-    learned_loss: Tensor
+    training_loss: Tensor
     """The loss trained with, on the training batch before the update, a scalar."""
-    task_loss: Tensor
+    meta_loss: Tensor
     """L_T on the meta batch after the update, a scalar."""
 
 
-class OnlineLearningRate:
+class OnlineLearningRate(Learner):
     """Algorithm 4: trains a model with a fixed loss and a learning rate that is updated after each step:
 
         θ ← U(θ, ∇_θ L(train batch); α),     log α ← log α − η ∂L_T(meta batch, θ)/∂ log α                    (2)
@@ -127,7 +131,8 @@ class OnlineLearningRate:
             rate of its own: give it one group per layer to learn one per layer.
         learning_rate: α to start from; by default the optimizer's own.
         meta_optimizer: optimizer over ``learning_rate.parameters()``; by default Adam.
-        meta_learning_rate: η of the default meta-optimizer, about the relative change of α per step; 0 freezes α.
+        meta_learning_rate: η of the default meta-optimizer, about the relative change of α per step, by default
+            :data:`RATE_META_LEARNING_RATE`; 0 freezes α.
         task_loss: L_T; by default ``loss``.
         clip_gradient_norm, clip_gradient_value: of ∇_θ L, see :class:`~adalfl_lite.learn.online.OnlineLoss`.
         autocast: dtype for the base model's passes.
@@ -137,6 +142,8 @@ class OnlineLearningRate:
         ValueError: a learning rate is not positive, or the optimizer is not of this model.
     """
 
+    adapts = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -145,7 +152,7 @@ class OnlineLearningRate:
         *,
         learning_rate: LearningRate | None = None,
         meta_optimizer: Optimizer | None = None,
-        meta_learning_rate: float = ONLINE_META_LEARNING_RATE,
+        meta_learning_rate: float | None = None,
         task_loss: Loss | None = None,
         clip_gradient_norm: float | None = None,
         clip_gradient_value: float | None = None,
@@ -156,22 +163,25 @@ class OnlineLearningRate:
             raise TypeError(
                 f"the step of {type(optimizer).__name__} is not proportional to a learning rate; use one of {known}"
             )
-        if not meta_learning_rate >= 0:
-            raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
+        check_meta_rate(meta_learning_rate, meta_optimizer)
+        check_autocast(autocast)
         check_model(model)
         check_apart(model, optimizer)
         self._check(model, optimizer)
+        check_same_device(loss, model)
         _check_holds(meta_optimizer, learning_rate)
         self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.models, self.losses = [model], [loss]
         self.learning_rate = learning_rate or LearningRate.of(optimizer)
         self.learning_rate.give_to(optimizer)
-        parameters = self.learning_rate.parameters()
-        self.meta_optimizer = meta_optimizer or torch.optim.Adam(parameters, lr=meta_learning_rate)
+        eta = RATE_META_LEARNING_RATE if meta_learning_rate is None else meta_learning_rate
+        self.meta_learning_rate = None if meta_optimizer else eta
+        self.meta_optimizer = meta_optimizer or torch.optim.Adam(self.learning_rate.parameters(), lr=eta)
         self.task_loss = task_loss or loss
         self.autocast = autocast
 
-    def step(self, batch: Batches, meta_batch: Batches) -> RateStep:
+    def step(self, batch: Batches, meta_batch: Batches | None = None) -> RateStep:
         """One update of θ on ``batch``, then one of α on ``meta_batch``; each is (inputs, targets), or a list of them.
 
         An exception leaves everything as it was.
@@ -180,6 +190,10 @@ class OnlineLearningRate:
             FloatingPointError: a loss or the hypergradient is not finite.
             ValueError: a batch is not what the model takes.
         """
+        if meta_batch is None:
+            raise ValueError(
+                "a learned rate needs a meta batch; give step(batch, meta_batch), of validation data if any"
+            )
         for name, given in (("batch", batch), ("meta_batch", meta_batch)):
             for part in micro_batches(given):
                 check_batch(part, name, self.model)
@@ -187,7 +201,7 @@ class OnlineLearningRate:
             result = self.meta_gradient(batch, meta_batch)
             (slopes,) = result.meta_gradient
             check_finite(
-                {"loss": result.learned_loss, "task loss": result.task_loss, "hypergradient": slopes}, self.model
+                {"loss": result.training_loss, "task loss": result.meta_loss, "hypergradient": slopes}, self.model
             )
             self.learning_rate.log_rates.grad = slopes
             self.meta_optimizer.step()
@@ -223,21 +237,30 @@ class OnlineLearningRate:
         hypergradient = torch.stack([torch.as_tensor(slope, dtype=like.dtype, device=like.device) for slope in slopes])
         return RateStep([hypergradient], loss, meta_loss)
 
-    def state_dict(self) -> dict:
-        """θ, α and both optimizers' states, loadable with ``weights_only=True``."""
+    def state_dict(self) -> dict[str, Any]:
+        """θ, α, both optimizers' states and the loss's, where it is a module; loadable with ``weights_only=True``."""
         return {
             "model": self.model.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict(),
+            **state_of_loss(self.loss),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        if isinstance(self.loss, nn.Module) and "loss" in state:  # states of before had none
+            self.loss.load_state_dict(state["loss"])
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`~adalfl_lite.learn.base.Learner.describe`."""
+        found = describe_training(self.model, self.loss, self.optimizer, self.clipping, self.autocast)
+        how = describe_meta_optimizer(self.meta_learning_rate, self.meta_optimizer)
+        return {**found, "online": True, "learn": "learning_rate", **how}
 
     def _gradient_after(self, meta_batch: Batches, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """L_T at the new θ, and its gradient; buffers and the random state are left as they were."""
@@ -341,8 +364,8 @@ def initialise_learning_rate(
     )
 
 
-def implied_multiplier(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -> float:
-    """c = ⟨∇M, ∇L⟩/‖∇L‖² on one batch, of ∇_θ M = c ∇_θ L + r: by how much M multiplies the learning rate of L.
+def implied_scale(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -> float:
+    """c = ⟨∇M, ∇L⟩/‖∇L‖² on one batch, of ∇_θ M = c ∇_θ L + r: the scale by which M multiplies the learning rate of L.
 
     The model is run in eval mode, which is put back. NaN where ∇L = 0.
     """
@@ -358,7 +381,7 @@ def implied_multiplier(model: nn.Module, loss: Loss, task_loss: Loss, batch: Bat
 def replay(
     optimizer: Optimizer,
     steps: Sequence[float],
-    multipliers: Sequence[float],
+    scales: Sequence[float],
     schedule: Callable[[int], float] | None = None,
 ) -> LambdaLR:
     """A scheduler that multiplies the learning rate by a recorded c(t): the schedule of one run in another.
@@ -369,20 +392,20 @@ def replay(
 
     Args:
         optimizer: of the base model, before its first step.
-        steps: when the multipliers were recorded, in ascending order; in between they are interpolated linearly, and
+        steps: when the scales were recorded, in ascending order; in between they are interpolated linearly, and
             outside the nearest one holds.
-        multipliers: c at those steps. Negative ones count as zero, for no optimizer descends with a negative rate.
+        scales: c at those steps. Negative ones count as zero, for no optimizer descends with a negative rate.
         schedule: step -> factor of the learning rate, which c multiplies: the schedule the recorded run had anyway.
 
     Raises:
-        ValueError: lengths differ, steps are out of order, or a multiplier is not finite.
+        ValueError: lengths differ, steps are out of order, or a scale is not finite.
     """
-    times, values = np.asarray(steps, dtype=float), np.asarray(multipliers, dtype=float)
+    times, values = np.asarray(steps, dtype=float), np.asarray(scales, dtype=float)
     if times.shape != values.shape or times.ndim != 1 or not len(times):
-        raise ValueError(f"one multiplier for each step, got shapes {times.shape} and {values.shape}")
+        raise ValueError(f"one scale for each step, got shapes {times.shape} and {values.shape}")
     if (np.diff(times) <= 0).any():
         raise ValueError("steps must be in ascending order; give the schedule of one run")
     if not np.isfinite(values).all():
-        raise ValueError(f"the multiplier at step {times[~np.isfinite(values)][0]:g} is not finite")
+        raise ValueError(f"the scale at step {times[~np.isfinite(values)][0]:g} is not finite")
     values = values.clip(min=0)
     return LambdaLR(optimizer, lambda step: float(np.interp(step, times, values)) * (schedule(step) if schedule else 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,21 +11,23 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from adalfl_lite.checks import check_batch, check_finite, check_values
-from adalfl_lite.engines.compiled import CompiledStep
+from adalfl_lite.engines import ENGINES, EXACT
+from adalfl_lite.engines.base import Engine, MetaStep, Problem
+from adalfl_lite.engines.compiled import Compiled
 from adalfl_lite.engines.distributed import start_equal
-from adalfl_lite.engines.forward import ForwardPass, MetaStep, forward_mode_step, shared_forward_step
-from adalfl_lite.engines.steps import Batches, advance, check_apart, check_model, check_step, micro_batches
-from adalfl_lite.engines.unrolled import unrolled_step
+from adalfl_lite.engines.steps import Batches, advance, check_step, micro_batches
+from adalfl_lite.engines.unrolled import Unrolled
 from adalfl_lite.engines.updates import Clipping
+from adalfl_lite.learn.base import Learner, describe_training
 from adalfl_lite.losses.task import Loss, task_loss
 from adalfl_lite.passes import Undo, optimizer_parameters
+from adalfl_lite.provenance import describe_optimizer
 
-ENGINES = ("forward", "shared", "finite-difference", "unrolled")
+META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
+"""η of Algorithm 2, by the kind of the loss network; one without a kind has that of classification."""
 
-META_LEARNING_RATE = 1e-5
 
-
-class OnlineLoss:
+class OnlineLoss(Learner):
     """Trains a model with a loss network that is updated after each of the model's steps:
 
         θ ← U(θ, ∇_θ M_φ(train batch)),     φ ← φ − η ∇_φ L_T(meta batch, θ)                             (1)
@@ -33,19 +36,20 @@ class OnlineLoss:
 
     Args:
         model: f_θ. Its mode is respected: call ``model.train()`` yourself.
-        loss_network: M_φ, usually a :class:`~adalfl_lite.losses.network.LossNetwork`; any module of (prediction,
-        target). optimizer: torch.optim optimizer over the model's parameters, with a differentiable update.
+        loss_network: M_φ, usually a :class:`~adalfl_lite.losses.LossNetwork`; any module of (prediction, target).
+        optimizer: torch.optim optimizer over the model's parameters, with a differentiable update.
         meta_optimizer: optimizer over ``loss_network.parameters()``; by default Adam.
-        meta_learning_rate: η of the default meta-optimizer; 0 freezes φ. Ignored when ``meta_optimizer`` is given.
+        meta_learning_rate: η of the default meta-optimizer, by default :data:`META_LEARNING_RATE` of the loss network's
+            kind; 0 freezes φ. Refused beside a ``meta_optimizer``, which has its own.
         task_loss: L_T(prediction, target), which knows the model by its prediction alone; by default the one of
             ``loss_network.kind``.
         clip_meta_gradient: scale ∇_φ L_T down to this norm where it is longer; None, the default, leaves it.
         clip_gradient_norm: scale ∇_θ M_φ down to this norm where it is longer, before the optimizer has it, as
             ``torch.nn.utils.clip_grad_norm_`` does; the meta-gradient goes through it.
         clip_gradient_value: or clamp its entries to this size, as ``clip_grad_value_`` does.
-        engine: "forward" (exact, fast), "shared" (the same, faster where the meta batch is the next training batch),
-            "finite-difference" (approximate, faster), of :mod:`adalfl_lite.engines.forward`; or "unrolled" (reference),
-            see :mod:`adalfl_lite.engines.unrolled`.
+        engine: a name in :data:`~adalfl_lite.engines.ENGINES`: "forward" (exact, fast), "shared" (the same, faster
+            where the meta batch is the next training batch), "finite-difference" (approximate, faster) or "unrolled"
+            (reference).
         autocast: dtype, such as ``torch.bfloat16``, for the base model's passes; φ and the losses keep their own.
         process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: every process hands an equal
             share of each batch to :meth:`step`, and all learn as one process with the whole batches would. They start
@@ -59,6 +63,8 @@ class OnlineLoss:
         ValueError, TypeError: something above cannot work, with the reason.
     """
 
+    adapts = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,7 +72,7 @@ class OnlineLoss:
         optimizer: Optimizer,
         *,
         meta_optimizer: Optimizer | None = None,
-        meta_learning_rate: float = META_LEARNING_RATE,
+        meta_learning_rate: float | None = None,
         task_loss: Loss | None = None,
         clip_meta_gradient: float | None = None,
         clip_gradient_norm: float | None = None,
@@ -76,41 +82,49 @@ class OnlineLoss:
         process_group: ProcessGroup | None = None,
         compile: str | None = None,
     ):
-        if engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-        if not meta_learning_rate >= 0:
-            raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
-        check_step(model, optimizer, gradients=False)
-        check_apart(model, optimizer)
-        self.clipping = Clipping(clip_gradient_norm, clip_gradient_value)
+        check_engine(engine)
+        check_meta_rate(meta_learning_rate, meta_optimizer)
+        clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         if clip_meta_gradient is not None and not clip_meta_gradient > 0:
             raise ValueError(f"clip_meta_gradient must be positive, or None not to clip; got {clip_meta_gradient}")
-        check_model(model)
-        _check_engine(model, engine, autocast)
+        check_step(model, optimizer, gradients=False)
         _check_loss_network(loss_network, model, meta_optimizer)
-        self.model, self.loss_network, self.optimizer = model, loss_network, optimizer
+        measured = task_loss or default_task_loss(loss_network)
+        self.problem = Problem(model, loss_network, optimizer, measured, clipping, autocast, process_group)
+        self.engine = engine
+        if compile is not None:
+            if engine != "forward":
+                raise ValueError(f"compile={compile!r} needs engine='forward' and no process_group; leave it out")
+            self._take: Engine = Compiled(self.problem, compile)
+        if meta_learning_rate is None:
+            kind = getattr(loss_network, "kind", "classification")
+            meta_learning_rate = META_LEARNING_RATE.get(kind, META_LEARNING_RATE["classification"])
+        self.meta_learning_rate = None if meta_optimizer else meta_learning_rate
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
-        self.task_loss = task_loss or default_task_loss(loss_network)
-        self.clip_meta_gradient, self.engine, self.autocast = clip_meta_gradient, engine, autocast
-        self.process_group = process_group
-        self._kept: ForwardPass | None = None
+        self.clip_meta_gradient = clip_meta_gradient
+        self.model, self.loss_network, self.optimizer, self.task_loss = model, loss_network, optimizer, measured
+        self.models, self.losses = [model], [loss_network]
         self._begun = False
         if process_group is not None:
-            if engine == "unrolled":
-                raise ValueError("engine='unrolled' runs in one process; leave process_group out")
             start_equal([model, loss_network], process_group)
-        self.compiled: CompiledStep | None = None
-        if compile is not None:
-            if engine != "forward" or process_group is not None:
-                raise ValueError(f"compile={compile!r} needs engine='forward' and no process_group; leave it out")
-            arguments = (model, loss_network, optimizer, self.task_loss)
-            self.compiled = CompiledStep(*arguments, mode=compile, clipping=self.clipping, autocast=autocast)
 
-    def __getstate__(self) -> dict:
-        """All but the pass that engine "shared" keeps for the next step, whose graph cannot be copied."""
-        return {**vars(self), "_kept": None}
+    @property
+    def engine(self) -> str:
+        """The name of the engine that takes the steps; another may be set between two steps."""
+        return self._engine
 
-    def step(self, batch: Batches, meta_batch: Batches) -> MetaStep:
+    @engine.setter
+    def engine(self, name: str) -> None:
+        check_engine(name)
+        self._take = ENGINES[name](self.problem)
+        self._engine = name
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """The compiled engine, where ``compile`` was given."""
+        return self._take if isinstance(self._take, Compiled) else None
+
+    def step(self, batch: Batches, meta_batch: Batches | None = None) -> MetaStep:
         """One update of θ on ``batch``, then one of φ on ``meta_batch``; each is (inputs, targets).
 
         Either may be a list of such pairs, micro batches: the step is then that on all of them together, each weighted
@@ -130,6 +144,10 @@ class OnlineLoss:
             ValueError, TypeError: a batch is not what the model and the losses take; or something would change
                 gradients unseen, such as a hook.
         """
+        if meta_batch is None:
+            raise ValueError(
+                "a learned loss needs a meta batch; give step(batch, meta_batch), of validation data if any"
+            )
         for name, given in (("batch", batch), ("meta_batch", meta_batch)):
             for part in micro_batches(given):
                 check_batch(part, name, self.model)
@@ -150,7 +168,7 @@ class OnlineLoss:
 
     def meta_gradient(self, batches: Sequence[Batches], meta_batch: Batches) -> MetaStep:
         """Update θ on ``batches``, one inner step each, and return ∇_φ L_T; φ stays. Errors as in :meth:`step`."""
-        if len(batches) != 1 and self.process_group is not None:
+        if len(batches) != 1 and self.problem.process_group is not None:
             raise ValueError(f"with a process_group one inner step is taken at a time, got {len(batches)} batches")
         with self._undo() as undo:
             return self._meta_gradient(batches, meta_batch, undo)
@@ -160,66 +178,32 @@ class OnlineLoss:
         return Undo(self.model, self.optimizer, self.meta_optimizer, frozen=not self._begun, loss=self.loss_network)
 
     def _meta_gradient(self, batches: Sequence[Batches], meta_batch: Batches, undo: Undo) -> MetaStep:
-        engine = "unrolled" if len(batches) != 1 else self.engine
+        name = "unrolled" if len(batches) != 1 else self.engine
         try:
-            result = self._taken_by(engine, batches, meta_batch, undo)
+            if len(batches) == 1:
+                result = self._take(batches[0], meta_batch, undo)
+            else:
+                result = Unrolled(self.problem).unroll(batches, meta_batch, undo)
             self._begun = True
             return result
         except NotImplementedError as error:
-            remedy = self._remedy(engine, batches, meta_batch)
-            raise NotImplementedError(f"engine={engine!r} cannot serve this model: {error}; {remedy}") from error
-
-    def _taken_by(self, engine: str, batches: Sequence[Batches], meta_batch: Batches, undo: Undo) -> MetaStep:
-        """The step, by the engine of that name."""
-        parts = (self.model, self.loss_network, self.optimizer)
-        clipping, autocast, group = self.clipping, self.autocast, self.process_group
-        if engine == "unrolled":
-            return unrolled_step(
-                *parts, batches, meta_batch, self.task_loss, clipping=clipping, autocast=autocast, undo=undo
-            )
-        (batch,) = batches
-        if self.compiled is not None:
-            return self.compiled(batch, meta_batch, undo)
-        if engine == "shared":
-            kept, self._kept = self._kept, None  # not to be used twice, should this step fail
-            result, self._kept = shared_forward_step(
-                *parts,
-                batch,
-                meta_batch,
-                self.task_loss,
-                kept,
-                clipping=clipping,
-                autocast=autocast,
-                process_group=group,
-                undo=undo,
-            )
-            return result
-        return forward_mode_step(
-            *parts,
-            batch,
-            meta_batch,
-            self.task_loss,
-            finite_difference=engine == "finite-difference",
-            clipping=clipping,
-            autocast=autocast,
-            process_group=group,
-            undo=undo,
-        )
+            remedy = self._remedy(name, batches, meta_batch)
+            raise NotImplementedError(f"engine={name!r} cannot serve this model: {error}; {remedy}") from error
 
     def _remedy(self, failed: str, batches: Sequence[Batches], meta_batch: Batches) -> str:
         """What to do about a step that ``failed`` cannot take: another engine, if one has just been seen to take it."""
-        if self.process_group is None and len(batches) == 1:
+        if self.problem.process_group is None and len(batches) == 1:
             for name in ("forward", "unrolled", "finite-difference"):
-                if name != failed and self._serves(name, batches, meta_batch):
-                    approximate = ", which is approximate" * (name == "finite-difference")
+                if name != failed and self._serves(name, batches[0], meta_batch):
+                    approximate = "" if name in EXACT else ", which is approximate"
                     return f"engine={name!r} can{approximate}"
         return "no engine can; remove() the hook, or replace that part of the model by one that torch can differentiate"
 
-    def _serves(self, name: str, batches: Sequence[Batches], meta_batch: Batches) -> bool:
+    def _serves(self, name: str, batch: Batches, meta_batch: Batches) -> bool:
         """Whether an engine can take this step; it is undone."""
         try:
             with self._undo() as undo:
-                self._taken_by(name, batches, meta_batch, undo)
+                ENGINES[name](self.problem)(batch, meta_batch, undo)
                 raise _Undone
         except _Undone:
             return True
@@ -233,7 +217,7 @@ class OnlineLoss:
             FloatingPointError: see :meth:`step`.
         """
         named = [(name, p) for name, p in self.loss_network.named_parameters() if p.requires_grad]
-        values = {"learned loss": result.learned_loss, "task loss": result.task_loss}
+        values = {"learned loss": result.training_loss, "task loss": result.meta_loss}
         values |= {f"meta-gradient of {name}": g for (name, _), g in zip(named, result.meta_gradient, strict=True)}
         check_finite(values, self.model, ", or initialise the loss network for this optimizer (adalfl_lite.initialise)")
         for (_, parameter), gradient in zip(named, result.meta_gradient, strict=True):
@@ -244,7 +228,7 @@ class OnlineLoss:
         for _, parameter in named:
             parameter.grad = None
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """θ, φ and both optimizers' states, loadable with ``weights_only=True``."""
         return {
             "model": self.model.state_dict(),
@@ -253,7 +237,7 @@ class OnlineLoss:
             "meta_optimizer": self.meta_optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave; ``ValueError`` naming what it lacks."""
         if missing := self.state_dict().keys() - state.keys():
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; give what state_dict() returned")
@@ -261,6 +245,18 @@ class OnlineLoss:
         self.loss_network.load_state_dict(state["loss_network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`~adalfl_lite.learn.base.Learner.describe`; exact engines, which agree, are not told apart."""
+        clipping, autocast = self.problem.clipping, self.problem.autocast
+        return {
+            **describe_training(self.model, self.loss_network, self.optimizer, clipping, autocast),
+            "online": True,
+            "learn": "loss",
+            **describe_meta_optimizer(self.meta_learning_rate, self.meta_optimizer),
+            "clip_meta_gradient": self.clip_meta_gradient,
+            "engine": None if self.engine in EXACT else self.engine,
+        }
 
 
 class _Undone(Exception):
@@ -275,12 +271,27 @@ def default_task_loss(loss_network: nn.Module) -> Loss:
     return task_loss(kind)
 
 
-def _check_engine(model: nn.Module, engine: str, autocast: torch.dtype | None) -> None:
-    """What would end in an error of torch's within the first step."""
-    if engine == "unrolled" and hasattr(model, "_orig_mod"):
-        raise ValueError("a compiled model has no double backward; use engine='forward', or do not compile it")
-    if autocast is not None and not autocast.is_floating_point:
-        raise ValueError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast}")
+def check_engine(name: str) -> None:
+    """Raise ``ValueError`` for a name that is not in :data:`~adalfl_lite.engines.ENGINES`."""
+    if name not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
+
+
+def check_meta_rate(meta_learning_rate: float | None, meta_optimizer: Optimizer | None) -> None:
+    """Raise ``ValueError`` for a negative η, or one beside a meta-optimizer that has its own."""
+    if meta_learning_rate is None:
+        return
+    if not meta_learning_rate >= 0:
+        raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
+    if meta_optimizer is not None:
+        raise ValueError("meta_learning_rate has no effect on a meta_optimizer of your own; leave one of the two out")
+
+
+def describe_meta_optimizer(meta_learning_rate: float | None, meta_optimizer: Optimizer) -> dict[str, Any]:
+    """η of the default meta-optimizer, or the settings of another."""
+    if meta_learning_rate is not None:
+        return {"meta_learning_rate": meta_learning_rate, "meta_optimizer": None}
+    return {"meta_optimizer": describe_optimizer(meta_optimizer)}
 
 
 def _check_loss_network(loss_network: nn.Module, model: nn.Module, meta_optimizer: Optimizer | None) -> None:

@@ -1,4 +1,4 @@
-"""``fit``: train a base model with any loss, learned online or not, with history, evaluation, checkpoints, resume.
+"""``fit``: run a learner over data, with history, evaluation, checkpoints, resume.
 
 On the CPU the same seed gives the same bits on the same machine, with the same number of threads. On a GPU some kernels
 add in an order that changes from run to run (cuDNN's backward convolutions, and backward passes that scatter), so runs
@@ -9,12 +9,11 @@ the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``, has torch choose k
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts, check_finite, check_trainable, check_used
-from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
-from adalfl_lite.engines.steps import Batch, plain_step
-from adalfl_lite.engines.updates import Clipping
+from adalfl_lite.checks import check_counts, check_finite, check_used
+from adalfl_lite.data.dataset import Dataset
 from adalfl_lite.files import check_writable
-from adalfl_lite.learn.learning_rate import ONLINE_META_LEARNING_RATE, LearningRate, OnlineLearningRate
-from adalfl_lite.learn.online import META_LEARNING_RATE, OnlineLoss
-from adalfl_lite.losses.task import Loss, task_loss
-from adalfl_lite.train.checkpoint import (
-    NextBatch,
-    describe,
-    describe_model,
-    describe_optimizer,
-    describe_schedule,
-    name_of,
-    resume_checkpoint,
-    save_checkpoint,
-    settings_of,
-)
+from adalfl_lite.learn.base import Learner
+from adalfl_lite.learn.online import OnlineLoss
+from adalfl_lite.losses.task import Loss
+from adalfl_lite.provenance import describe_schedule, name_of, settings_of
+from adalfl_lite.train.checkpoint import describe_data, resume_checkpoint, save_checkpoint
 from adalfl_lite.train.evaluation import evaluate
-
-EXACT_ENGINES = ("forward", "shared", "unrolled")
-"""They give the same numbers, to rounding: a run may be resumed with another of them."""
+from adalfl_lite.train.streams import META_BATCHES, Streams
 
 POLICIES = ("raise", "skip", "restore")
 MAX_UNDONE = 10
@@ -58,320 +44,288 @@ Callback = Callable[[int, nn.Module, Loss], None]
 
 
 def fit(
-    model: nn.Module,
-    loss: Loss,
-    data: Dataset,
+    learner: Learner,
+    data: Dataset | Sequence[Dataset],
     *,
-    optimizer: Optimizer,
     steps: int,
     batch_size: int = 100,
-    online: bool = False,
-    learn: str = "loss",
-    meta_learning_rate: float | None = None,
-    meta_optimizer: Optimizer | Callable[[Iterable[Tensor]], Optimizer] | None = None,
     meta_batches: str = "valid",
-    clip_meta_gradient: float | None = None,
-    clip_gradient_norm: float | None = None,
-    clip_gradient_value: float | None = None,
-    engine: str = "forward",
-    compile: str | None = None,
     scheduler: LRScheduler | None = None,
     augment: Callable[[Tensor], Tensor] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     evaluate_every: int | None = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike | None = None,
     on_divergence: str = "raise",
-    device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Train ``model`` in place and return its history.
+    """Train the learner's model, or models, in place and return the history.
 
     Args:
-        model: f_θ, on its device already.
-        loss: (prediction, target) -> scalar: a handcrafted loss, or a loss network (frozen, unless ``online``). If it
-            has a method ``advance``, that is called after every step, for a loss that changes while it is trained with.
-        data: train, valid and test splits; the model never trains on the test split.
-        optimizer: base optimizer over ``model.parameters()``.
+        learner: a model with what it is trained with: :class:`~adalfl_lite.learn.Plain` for a loss as it is,
+            :class:`~adalfl_lite.learn.OnlineLoss` (Algorithm 2), :class:`~adalfl_lite.learn.OnlineLearningRate`
+            (Algorithm 4), or S of one of them :class:`~adalfl_lite.learn.Stacked`.
+        data: train, valid and test splits; the model never trains on the test split. For a stack one for all, or S of
+            equal sizes.
         steps: base steps T.
         batch_size: rows per training batch, and per meta batch where its split has as many.
-        online: adapt what ``learn`` names after every step.
-        learn: "loss" (Algorithm 2; ``loss`` must then be a module with parameters), or "learning_rate" (Algorithm 4).
-        meta_learning_rate, clip_meta_gradient, engine, compile: see :class:`~adalfl_lite.learn.online.OnlineLoss`, and
-            :class:`~adalfl_lite.learn.learning_rate.OnlineLearningRate`, which has the first alone.
-        clip_gradient_norm, clip_gradient_value: clip ∇_θ of the loss before the optimizer has it, as torch's
-            ``clip_grad_norm_`` and ``clip_grad_value_`` do; what is learned online is learned through it.
-        meta_optimizer: instead of Adam with ``meta_learning_rate``: a function parameters -> optimizer, or where the
-            loss is learned also an optimizer over ``loss.parameters()``.
         meta_batches: "valid"; "train" to adapt on training rows alone (the paper allows both); or "next", where the
             meta batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a pass.
-        scheduler: over ``optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the recorded
-            schedule of another run, :func:`~adalfl_lite.learn.learning_rate.replay`.
+        scheduler: over ``learner.optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the
+            recorded schedule of another run, :func:`~adalfl_lite.learn.learning_rate.replay`.
         augment: changes the inputs of a training batch at random, such as
-            :func:`~adalfl_lite.data.augmentation.crop_and_flip`; batches of the valid split stay as they are.
-        seed: seeds the order of the batches; seed torch yourself before drawing ``model``.
+            :func:`~adalfl_lite.data.crop_and_flip`; batches of the valid split stay as they are.
+        seed: seeds the order of the batches, S of them for a stack; seed torch yourself before drawing the model.
         evaluate_every: steps between evaluations; a twentieth of the run by default.
-        callback: called at every evaluation with (step, model, loss).
+        callback: called at every evaluation with (step, model, loss), for each model.
         checkpoint: file to save to at every evaluation and, if it exists, to resume from, bit for bit on the CPU (but
             for dropout where ``engine="shared"`` and ``augment`` meet); a finished run is returned as it was. What the
-            model, the loss and the optimizers hold is then the file's. Run it with the same arguments: others are
-            refused, but for ``device``, ``compile`` and one exact engine instead of another, which round differently.
+            learner holds is then the file's. Run it with the same arguments: others are refused, but for the device,
+            ``compile`` and one exact engine instead of another, which round differently.
         on_divergence: what to do about a step that is not finite. "raise" stops; the checkpoint keeps the last
             evaluation. "skip" undoes the step, and "restore" goes back to the last evaluation; both warn, go on with
             the next batch, and stop at the eleventh such step between two evaluations. They cost a look at the
             parameters per step, and "skip" a copy of them.
-        device: where to train; the model must be there already. By default where the model is.
-        autocast: dtype for the model's passes, such as ``torch.bfloat16``.
         progress: show a progress bar.
 
     Returns:
         One row per evaluation: step, train_loss (mean of the loss trained with, since the last row), meta_loss (mean
-        L_T on meta batches, online only), valid_error, valid_loss, test_error, test_loss (L_T), learning_rate
-        (of the first parameter group), seconds (training alone, evaluation excluded). Errors are rates in [0, 1] or
-        mean squared errors.
+        L_T on meta batches, where something is learned beside the model), valid_error, valid_loss, test_error,
+        test_loss (L_T), learning_rate (of the first parameter group), seconds (training alone, evaluation excluded).
+        Errors are rates in [0, 1] or mean squared errors. Of a stack, the histories of the S runs below each other,
+        with a first column ``seed``; seconds are the program's.
 
     Raises:
         ValueError: arguments that do not fit together, or that would have no effect, or a checkpoint of another run.
-        TypeError: the data are no :class:`~adalfl_lite.data.dataset.Dataset`, or the optimizer is none that fit can
-        use. OSError: the checkpoint cannot be written.
+        TypeError: the data are no :class:`~adalfl_lite.data.Dataset`.
+        OSError: the checkpoint cannot be written.
         FloatingPointError: the loss, a parameter or a meta-gradient is not finite; step and tensor are named, and the
             last checkpoint is kept.
     """
     check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
-    if not isinstance(data, Dataset):
-        raise TypeError(f"data must be a Dataset, got {type(data).__name__}; load_dataset and Dataset(...) give one")
-    if on_divergence not in POLICIES:
-        raise ValueError(f"on_divergence must be one of {', '.join(POLICIES)}; got {on_divergence!r}")
-    if meta_batches not in ("valid", "train", "next"):
-        raise ValueError(f"meta_batches must be 'valid', 'train' or 'next', got {meta_batches!r}")
-    if engine == "shared" and meta_batches != "next":
-        raise ValueError(f"engine='shared' needs meta_batches='next', got {meta_batches!r}")
-    if learn not in ("loss", "learning_rate"):
-        raise ValueError(f"learn must be 'loss' or 'learning_rate', got {learn!r}")
-    if compile is not None and not (online and learn == "loss"):
-        raise ValueError("compile is for a loss that is learned online; leave it out, or hand fit torch.compile(model)")
-    if online and learn == "learning_rate" and scheduler is not None:
-        raise ValueError("a learned learning rate and a scheduler exclude each other; leave one out")
-    clipping = Clipping(clip_gradient_norm, clip_gradient_value)
-    of_loss: dict[str, Any] = {"engine": (engine, "forward"), "clip_meta_gradient": (clip_meta_gradient, None)}
-    if not online:
-        of_both = {"meta_learning_rate": (meta_learning_rate, None), "meta_optimizer": (meta_optimizer, None)}
-        of_run = {"learn": (learn, "loss"), "meta_batches": (meta_batches, "valid")}
-        check_used("without online=True", **of_both, **of_run, **of_loss)
-    elif learn == "learning_rate":
-        check_used("on a learned learning rate", **of_loss)
-    if meta_optimizer is not None and meta_learning_rate is not None:
-        raise ValueError("meta_learning_rate has no effect on a meta_optimizer of your own; leave one of the two out")
-    if learn == "learning_rate" and isinstance(meta_optimizer, Optimizer):
-        raise ValueError(
-            "the learning rate is a parameter that fit makes, which this meta_optimizer does not hold; give a function"
-            " that builds one, such as functools.partial(torch.optim.Adam, lr=1e-3)"
-        )
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}; leave it out for neither")
-    _check_scheduler(scheduler, optimizer)
-    trainable = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
-    if online and learn == "loss" and not trainable:
-        raise ValueError("online=True needs a loss with trainable parameters, such as a LossNetwork")
-    evaluate_every = evaluate_every or max(1, steps // 20)
-    if getattr(loss, "kind", data.kind) != data.kind:
-        raise ValueError(f"the loss is for {loss.kind}, the data set {data.name!r} for {data.kind}")  # type: ignore
-    device = _device_of(model, device)
-    check_trainable(model, optimizer)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is not None:
-        raise TypeError(f"{type(optimizer).__name__} needs a closure, which fit has not; use one such as SGD or Adam")
+    datasets, seeds = _one_each(learner, data, seed)
+    several = isinstance(seed, Sequence)
+    _check_policies(learner, datasets, meta_batches, scheduler, augment, on_divergence)
     if checkpoint is not None:
         check_writable(checkpoint)
-    if isinstance(loss, nn.Module):
-        loss.to(device)
-    train = data.train.to(device)
-    meta = data.valid.to(device) if meta_batches == "valid" else train
-    held_out = {"valid": data.valid.to(device), "test": data.test.to(device)}
-    batches = BatchSampler(len(train), batch_size, seed)
-    if meta_batches == "next":
-        metas = BatchSampler(len(train), batch_size, seed)
-        next(metas)  # one batch ahead
-    else:
-        metas = BatchSampler(len(meta), min(batch_size, len(meta)), seed + 1)
-
-    if meta_learning_rate is None:
-        meta_learning_rate = META_LEARNING_RATE if learn == "loss" else ONLINE_META_LEARNING_RATE
-    learner: OnlineLoss | OnlineLearningRate | None = None
-    if online and learn == "learning_rate":
-        rate = None
-        if meta_optimizer is not None:
-            rate = LearningRate.of(optimizer)
-            meta_optimizer = _built(meta_optimizer, rate)
-        learner = OnlineLearningRate(
-            model,
-            loss,
-            optimizer,
-            learning_rate=rate,
-            meta_optimizer=meta_optimizer,
-            meta_learning_rate=meta_learning_rate,
-            task_loss=task_loss(data.kind),
-            clip_gradient_norm=clip_gradient_norm,
-            clip_gradient_value=clip_gradient_value,
-            autocast=autocast,
-        )
-    elif online and isinstance(loss, nn.Module):
-        meta_optimizer = None if meta_optimizer is None else _built(meta_optimizer, loss)
-        learner = OnlineLoss(
-            model,
-            loss,
-            optimizer,
-            meta_optimizer=meta_optimizer,
-            meta_learning_rate=meta_learning_rate,
-            task_loss=task_loss(data.kind),
-            clip_meta_gradient=clip_meta_gradient,
-            clip_gradient_norm=clip_gradient_norm,
-            clip_gradient_value=clip_gradient_value,
-            engine=engine,
-            autocast=autocast,
-            compile=compile,
-        )
-    run = {
-        **describe(optimizer, data),
-        "model": describe_model(model),
-        "loss": name_of(loss),
-        "loss_settings": settings_of(loss),
+    device = next(learner.models[0].parameters()).device
+    run = _Run(
+        learner,
+        datasets,
+        Streams(datasets, seeds, batch_size, meta_batches, augment, device, learner.collate),
+        scheduler=scheduler,
+        seeds=list(seeds) if several else None,
+        callback=callback,
+    )
+    evaluate_every = evaluate_every or max(1, steps // 20)
+    described = {
+        **describe_data(*datasets),
+        **learner.describe(),
         "steps": steps,
         "batch_size": batch_size,
-        "online": online,
         "augment": name_of(augment) if augment else None,
         "augment_settings": settings_of(augment),
         "scheduler": describe_schedule(scheduler, steps),
-        "seed": seed,
+        **({"seeds": list(seeds)} if several else {"seed": seed}),
         "evaluate_every": evaluate_every,
         "on_divergence": on_divergence,
-        "autocast": None if autocast is None else str(autocast),
-        "clip_gradient_norm": clip_gradient_norm,
-        "clip_gradient_value": clip_gradient_value,
+        **({"meta_batches": meta_batches} if learner.adapts else {}),
     }
-    if online:
-        run |= {
-            "learn": learn,
-            "meta_batches": meta_batches,
-            "meta_learning_rate": meta_learning_rate,
-            "meta_optimizer": describe_optimizer(meta_optimizer) if isinstance(meta_optimizer, Optimizer) else None,
-            "clip_meta_gradient": clip_meta_gradient,
-            "engine": None if engine in EXACT_ENGINES else engine,
-        }
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches, "metas": metas}
-    if isinstance(loss, nn.Module):
-        parts["loss"] = loss
-    if learner:
-        parts["meta_optimizer"] = learner.meta_optimizer
-    if isinstance(learner, OnlineLearningRate):
-        parts["learned_rate"] = learner.learning_rate
-    if scheduler:
-        parts["scheduler"] = scheduler
-    drawn = NextBatch(device)
-    if meta_batches == "next":
-        parts["next_batch"] = drawn
-    history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).exists():
-        history = resume_checkpoint(checkpoint, run, parts)
-    start, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
-
-    def read(split: Split, rows: Tensor) -> Batch:
-        inputs, targets = split[rows]
-        return (augment(inputs), targets) if augment and split is train else (inputs, targets)
-
-    def record(step: int, train_loss: float, meta_loss: float) -> None:
-        row = {"step": step, "train_loss": train_loss, "meta_loss": meta_loss}
-        for name, split in held_out.items():
-            row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, split, data.kind)
-        history.append({**row, "learning_rate": float(optimizer.param_groups[0]["lr"]), "seconds": seconds})
-        if callback:
-            callback(step, model, loss)
-
-    model.train()
-    if not history:
-        record(0, math.nan, math.nan)
-    losses: list[Tensor] = []
-    meta_losses: list[Tensor] = []
-    learned = {name: part for name, part in parts.items() if part not in (batches, metas, drawn)}
-    good = _states(learned) if on_divergence == "restore" else {}
-    undone = 0
-    clock = time.perf_counter()
+        run.history = resume_checkpoint(checkpoint, described, learner, run.parts)
+    for model in learner.models:
+        model.train()
+    if not run.history:
+        run.evaluate(0)
+    start = run.history[-1]["step"]
+    policy = _Policy(run, on_divergence)
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, disable=not progress, leave=None, desc="fit")
+    run.resume_clock()
     for step in bar:
-        rows = next(batches)
-        batch = drawn.batch or read(train, rows)
-        if on_divergence == "skip":
-            good = _states(learned)
-        try:
-            if learner:
-                meta_batch = read(meta, next(metas))
-                drawn.batch = meta_batch if meta_batches == "next" else None
-                result = learner.step(batch, meta_batch)
-                losses.append(result.learned_loss)
-                meta_losses.append(result.task_loss)
-            else:
-                value = plain_step(model, loss, optimizer, batch, clipping=clipping, autocast=autocast)
-                if on_divergence != "raise":
-                    _check_step(value, model)
-                losses.append(value)
-            if scheduler:
-                scheduler.step()
-        except FloatingPointError as error:
-            if on_divergence == "raise" or undone == MAX_UNDONE:
-                raise FloatingPointError(f"step {step}: {error}") from error
-            warnings.warn(f"step {step}: {error}; {on_divergence} and go on", RuntimeWarning, stacklevel=2)
-            for name, state in copy.deepcopy(good).items():
-                learned[name].load_state_dict(state)
-            undone += 1
+        policy.take(step)
         if step % evaluate_every == 0 or step == steps:
-            if on_divergence == "raise":
-                _check_since(losses, step, model)
-            means = [torch.stack(kept).mean().item() if kept else math.nan for kept in (losses, meta_losses)]
-            losses, meta_losses, undone = [], [], 0
-            seconds += time.perf_counter() - clock
-            record(step, *means)
-            bar.set_postfix(train_loss=f"{means[0]:.3g}", valid_error=f"{history[-1]['valid_error']:.3g}")
-            clock = time.perf_counter()
-            if on_divergence == "restore":
-                good = _states(learned)
+            policy.before_evaluation(step)
+            run.evaluate(step)
+            shown = run.history[-1]
+            bar.set_postfix(train_loss=f"{shown['train_loss']:.3g}", valid_error=f"{shown['valid_error']:.3g}")
+            policy.after_evaluation()
             if checkpoint is not None:
-                save_checkpoint(checkpoint, run, parts, history)
-    return pd.DataFrame(history)
+                save_checkpoint(checkpoint, described, learner, run.parts, run.history)
+    learner.write_back()
+    history = pd.DataFrame(run.history)
+    if not several:
+        return history
+    return history.sort_values(["seed", "step"], kind="stable", ignore_index=True)
 
 
-def _device_of(model: nn.Module, wanted: torch.device | str | None) -> torch.device:
-    """The device of the model's parameters; ``ValueError`` if that is not the one that is wanted."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise ValueError(f"the model has no parameters: there is nothing to train in a {type(model).__name__}")
-    try:
-        device = parameter.device if wanted is None else torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise ValueError(f"cannot train on device {str(wanted)!r}: {str(error).splitlines()[0]}") from error
-    if device != parameter.device:
+class _Run:
+    """A run under way: what trains, on which batches, and what was seen of it."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        datasets: Sequence[Dataset],
+        streams: Streams,
+        *,
+        scheduler: LRScheduler | None,
+        seeds: list[int] | None,
+        callback: Callback | None,
+    ):
+        self.learner, self.streams, self.scheduler = learner, streams, scheduler
+        self.seeds, self.callback, self.kind = seeds, callback, datasets[0].kind
+        device = next(learner.models[0].parameters()).device
+        self.held_out = {name: [getattr(data, name).to(device) for data in datasets] for name in ("valid", "test")}
+        self.history: list[dict] = []
+        self.training_losses: list[Tensor] = []
+        self.meta_losses: list[Tensor] = []
+        self.seconds, self.clock = 0.0, 0.0
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the learner."""
+        scheduler = {"scheduler": self.scheduler} if self.scheduler else {}
+        return {**self.streams.parts(numbered=self.seeds is not None), **scheduler}
+
+    def resume_clock(self) -> None:
+        """Go on counting seconds where the history ends."""
+        self.seconds, self.clock = self.history[-1]["seconds"], time.perf_counter()
+
+    def step(self) -> None:
+        """One step of the learner, and of the scheduler."""
+        batch, meta_batch = self.streams.draw(self.learner.adapts)
+        result = self.learner.step(batch, meta_batch)
+        self.training_losses.append(result.training_loss)
+        if result.meta_loss is not None:
+            self.meta_losses.append(result.meta_loss)
+        if self.scheduler:
+            self.scheduler.step()
+
+    def evaluate(self, step: int) -> None:
+        """Add a row to the history for each model; the clock stands still meanwhile."""
+        if step:
+            self.seconds += time.perf_counter() - self.clock
+        means = [self._means(losses) for losses in (self.training_losses, self.meta_losses)]
+        self.training_losses, self.meta_losses = [], []
+        self.learner.write_back()
+        rates = self.learner.learning_rates()
+        for i, model in enumerate(self.learner.models):
+            row: dict[str, Any] = {} if self.seeds is None else {"seed": self.seeds[i]}
+            row |= {"step": step, "train_loss": means[0][i], "meta_loss": means[1][i]}
+            for name, splits in self.held_out.items():
+                row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, splits[i], self.kind)
+            self.history.append({**row, "learning_rate": rates[i], "seconds": self.seconds})
+            if self.callback:
+                self.callback(step, model, self.learner.losses[i])
+        self.clock = time.perf_counter()
+
+    def _means(self, losses: Sequence[Tensor]) -> list[float]:
+        """The mean loss of each model; NaN of none."""
+        if not losses:
+            return [math.nan] * len(self.learner.models)
+        return torch.stack(list(losses)).mean(0).reshape(-1).tolist()
+
+
+class _Policy:
+    """What is done about steps that are not finite: see ``on_divergence`` of :func:`fit`."""
+
+    def __init__(self, run: _Run, policy: str):
+        self.run, self.policy = run, policy
+        self.undone = 0
+        self.good = self._states() if policy == "restore" else {}
+
+    def take(self, step: int) -> None:
+        """Take a step, or undo it."""
+        run = self.run
+        if self.policy == "skip":
+            self.good = self._states()
+        counts = len(run.training_losses), len(run.meta_losses)
+        try:
+            run.step()
+            if self.policy != "raise":
+                self._check(run.training_losses[-1])
+        except FloatingPointError as error:
+            if self.policy == "raise" or self.undone == MAX_UNDONE:
+                raise FloatingPointError(f"step {step}: {error}") from error
+            warnings.warn(f"step {step}: {error}; {self.policy} and go on", RuntimeWarning, stacklevel=3)
+            del run.training_losses[counts[0] :], run.meta_losses[counts[1] :]
+            states = copy.deepcopy(self.good)
+            run.learner.load_state_dict(states["learner"])
+            if run.scheduler:
+                run.scheduler.load_state_dict(states["scheduler"])
+            self.undone += 1
+
+    def before_evaluation(self, step: int) -> None:
+        """Where nothing was checked step by step, check all steps since the last evaluation at once."""
+        losses = self.run.training_losses
+        if self.policy != "raise":
+            return
+        finite = torch.isfinite(torch.stack(losses)).reshape(len(losses), -1).all(1).tolist()
+        first = finite.index(False) if False in finite else len(finite) - 1
+        try:
+            self._check(losses[first])
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step - len(finite) + 1 + first}: {error}") from None
+
+    def after_evaluation(self) -> None:
+        """Begin to count anew; what is reached may be gone back to."""
+        self.undone = 0
+        if self.policy == "restore":
+            self.good = self._states()
+
+    def _check(self, loss: Tensor) -> None:
+        """Raise ``FloatingPointError`` unless the loss of a step, its gradient and its result are finite."""
+        watched, model = self.run.learner.watched(), self.run.learner.models[0]
+        check_finite({"loss": loss, **watched}, model if len(self.run.learner.models) == 1 else None)
+
+    def _states(self) -> dict[str, Any]:
+        scheduler = {"scheduler": self.run.scheduler.state_dict()} if self.run.scheduler else {}
+        return copy.deepcopy({"learner": self.run.learner.state_dict(), **scheduler})
+
+
+def _one_each(
+    learner: Learner, data: Dataset | Sequence[Dataset], seed: int | Sequence[int]
+) -> tuple[list[Dataset], list[int]]:
+    """A data set and a seed for each model."""
+    count = len(learner.models)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    datasets = [data] * count if isinstance(data, Dataset) else data
+    if not isinstance(datasets, list | tuple) or any(not isinstance(one, Dataset) for one in datasets) or not datasets:
+        raise TypeError(f"data must be a Dataset, got {type(data).__name__}; load_dataset and Dataset(...) give one")
+    if len(seeds) != count or len(datasets) != count:
         raise ValueError(
-            f"the model is on {parameter.device}, not on {device}; "
-            f"move it with model.to({str(device)!r}) before building its optimizer"
+            f"give as many of each, at least one: got {count} models, {len(datasets)} data sets, {len(seeds)} seeds"
         )
-    return device
+    sizes = {(d.kind, len(d.train), len(d.valid), d.input_shape, d.outputs) for d in datasets}
+    if len(sizes) != 1:
+        raise ValueError(f"the data sets differ in kind or size: {sizes}")
+    return list(datasets), seeds
 
 
-def _check_step(loss: Tensor, model: nn.Module) -> None:
-    """Raise ``FloatingPointError`` unless the loss of a plain step, its gradient and its result are finite."""
-    named = dict(model.named_parameters())
-    gradients = {f"gradient of {name}": p.grad for name, p in named.items() if p.grad is not None}
-    check_finite({"loss": loss, **gradients, **{f"parameter {name}": p for name, p in named.items()}}, model)
-
-
-def _check_since(losses: list[Tensor], step: int, model: nn.Module) -> None:
-    """The same for all steps since the last evaluation at once, up to ``step``, without a look at each."""
-    finite = torch.isfinite(torch.stack(losses)).tolist()
-    first = finite.index(False) if False in finite else len(finite) - 1
-    try:
-        _check_step(losses[first], model)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step - len(finite) + 1 + first}: {error}") from None
+def _check_policies(
+    learner: Learner,
+    datasets: Sequence[Dataset],
+    meta_batches: str,
+    scheduler: LRScheduler | None,
+    augment: Callable[[Tensor], Tensor] | None,
+    on_divergence: str,
+) -> None:
+    """Raise, with the reason, for arguments that do not fit together."""
+    if on_divergence not in POLICIES:
+        raise ValueError(f"on_divergence must be one of {', '.join(POLICIES)}; got {on_divergence!r}")
+    if meta_batches not in META_BATCHES:
+        raise ValueError(f"meta_batches must be 'valid', 'train' or 'next', got {meta_batches!r}")
+    if isinstance(learner, OnlineLoss) and learner.engine == "shared" and meta_batches != "next":
+        raise ValueError(f"engine='shared' needs meta_batches='next', got {meta_batches!r}")
+    if not learner.adapts:
+        check_used("where nothing is learned beside the model", meta_batches=(meta_batches, "valid"))
+    if learner.describe().get("learn") == "learning_rate" and scheduler is not None:
+        raise ValueError("a learned learning rate and a scheduler exclude each other; leave one out")
+    if augment is not None and len(learner.models) > 1:
+        raise ValueError("augmentation draws other numbers in a stack than alone; train such models one by one")
+    _check_scheduler(scheduler, learner.optimizer)
+    for loss in learner.losses:
+        if (kind := getattr(loss, "kind", datasets[0].kind)) != datasets[0].kind:
+            raise ValueError(f"the loss is for {kind}, the data set {datasets[0].name!r} for {datasets[0].kind}")
 
 
 def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
@@ -382,20 +336,3 @@ def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> Non
         )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("the scheduler is of another optimizer; build it from the one that is given to fit")
-
-
-def _built(make: Optimizer | Callable[[Iterable[Tensor]], Optimizer], learned: nn.Module) -> Optimizer:
-    """The meta-optimizer itself, if what is given is a function."""
-    if isinstance(make, Optimizer):
-        return make
-    built = make(learned.parameters()) if callable(make) else make
-    if not isinstance(built, Optimizer):
-        raise TypeError(
-            f"meta_optimizer must be an optimizer or a function that builds one, got {type(built).__name__}; give one"
-            " such as functools.partial(torch.optim.Adam, lr=1e-3)"
-        )
-    return built
-
-
-def _states(parts: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})

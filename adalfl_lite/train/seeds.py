@@ -1,4 +1,4 @@
-"""All seeds at once: S initialisations, or S trainings, as one program over stacked tensors.
+"""All seeds at once: S initialisations as one program over stacked tensors.
 
 A small model leaves a processor idle, so ten seeds in one program cost about as much as three one after another
 (``benchmarks/seeds.py``). The seeds never meet: each ends where it would alone, to rounding. How tensors are stacked is
@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from adalfl_lite.checks import check_counts, check_factories, check_initialised, check_used
-from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
 from adalfl_lite.engines.stacked import (
     Stack,
+    StackedForward,
     StackedLoss,
     check_elementwise,
     check_stackable,
     keep_freed_memory,
     meta_step,
-    stacked_step,
     task_losses,
 )
 from adalfl_lite.engines.steps import Batch
-from adalfl_lite.files import check_writable
 from adalfl_lite.learn.initialisation import (
     ABANDON_FACTOR,
     IMITATION_LEARNING_RATE,
@@ -48,142 +43,8 @@ from adalfl_lite.learn.initialisation import (
     rehearsal_moments,
     validator,
 )
-from adalfl_lite.learn.online import META_LEARNING_RATE
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import task_error, task_loss
-from adalfl_lite.train.checkpoint import describe, describe_model, resume_checkpoint, save_checkpoint
-from adalfl_lite.train.evaluation import evaluate
-
-
-def fit_seeds(
-    models: Sequence[nn.Module],
-    losses: Sequence[LossNetwork] | None,
-    data: Dataset | Sequence[Dataset],
-    *,
-    make_optimizer: MakeOptimizer,
-    seeds: Sequence[int],
-    steps: int,
-    batch_size: int = 100,
-    online: bool = False,
-    meta_learning_rate: float | None = None,
-    meta_batches: str = "valid",
-    evaluate_every: int | None = None,
-    checkpoint: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Train every model with its loss, all in step, in place; what ``fit`` does for one of each.
-
-    Args:
-        models: S models f_θ of one architecture, on one device, without dropout. BatchNorm keeps statistics per model.
-        losses: S loss networks of one architecture; None trains with the task loss.
-        data: one data set for all, or S of equal sizes.
-        make_optimizer: parameters -> the base optimizer: SGD, Adam or AdamW.
-        seeds: S seeds of the batch orders.
-        steps, batch_size, online, meta_learning_rate, meta_batches: as in :func:`~adalfl_lite.train.loop.fit`.
-        evaluate_every, checkpoint, progress: likewise.
-
-    Returns:
-        The histories of the S runs below each other, with a first column ``seed``; seconds are the program's.
-
-    Raises:
-        ValueError, TypeError: the parts do not fit together, or cannot be stacked, with the reason; or a checkpoint of
-            another run.
-        OSError: the checkpoint cannot be written.
-        FloatingPointError: a loss stopped being finite; its seeds are named.
-    """
-    datasets = [data] * len(seeds) if isinstance(data, Dataset) else list(data)
-    networks = None if losses is None else list(losses)
-    check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
-    _check(models, networks, datasets, seeds, online, meta_batches)
-    if not online:
-        check_used(
-            "without online=True",
-            meta_learning_rate=(meta_learning_rate, None),
-            meta_batches=(meta_batches, "valid"),
-        )
-    if meta_learning_rate is None:
-        meta_learning_rate = META_LEARNING_RATE
-    kind, device = datasets[0].kind, next(models[0].parameters()).device
-    train = [d.train.to(device) for d in datasets]
-    meta = [getattr(d, meta_batches).to(device) for d in datasets]
-    held_out = {name: [getattr(d, name).to(device) for d in datasets] for name in ("valid", "test")}
-    batches = [BatchSampler(len(train[0]), batch_size, seed) for seed in seeds]
-    metas = [BatchSampler(len(meta[0]), min(batch_size, len(meta[0])), seed + 1) for seed in seeds]
-    evaluate_every = evaluate_every or max(1, steps // 20)
-
-    if checkpoint is not None:
-        check_writable(checkpoint)
-    keep_freed_memory()
-    stack = Stack(models)
-    optimizer = make_optimizer(stack.parameters)
-    check_elementwise(optimizer)
-    loss = None if networks is None else StackedLoss(networks)
-    meta_optimizer = torch.optim.Adam(loss.parameters, lr=meta_learning_rate) if loss and online else None
-
-    run = {
-        **describe(optimizer, *datasets),
-        "model": describe_model(models[0]),
-        "loss": None if networks is None else str(networks[0]),
-        "seeds": list(seeds),
-        "steps": steps,
-        "batch_size": batch_size,
-        "online": online,
-        "evaluate_every": evaluate_every,
-    }
-    if online:
-        run |= {"meta_batches": meta_batches, "meta_learning_rate": meta_learning_rate}
-    parts: dict[str, Any] = {"models": stack, "optimizer": optimizer}
-    for i, (sampler, meta_sampler) in enumerate(zip(batches, metas, strict=True)):
-        parts |= {f"batches {i}": sampler, f"metas {i}": meta_sampler}
-    if loss:
-        parts["losses"] = loss
-    if meta_optimizer:
-        parts["meta_optimizer"] = meta_optimizer
-    history: list[dict] = []
-    if checkpoint is not None and Path(checkpoint).exists():
-        history = resume_checkpoint(checkpoint, run, parts)
-    start, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
-
-    def record(step: int, train_losses: Tensor, meta_losses: Tensor) -> None:
-        stack.write_back()
-        for i, (seed, model) in enumerate(zip(seeds, models, strict=True)):
-            row = {"seed": seed, "step": step, "train_loss": train_losses[i].item(), "meta_loss": meta_losses[i].item()}
-            for name, splits in held_out.items():
-                row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, splits[i], kind)
-            history.append({**row, "learning_rate": float(optimizer.param_groups[0]["lr"]), "seconds": seconds})
-
-    nothing = torch.full((len(seeds),), math.nan)
-    if not history:
-        record(0, nothing, nothing)
-    kept: list[tuple[Tensor, Tensor]] = []
-    clock = time.perf_counter()
-    for step in tqdm(
-        range(start + 1, steps + 1),
-        initial=start,
-        total=steps,
-        disable=not progress,
-        leave=None,
-        desc=f"{len(seeds)} seeds",
-    ):
-        meta_batch = _rows(meta, metas) if meta_optimizer else None
-        result = stacked_step(stack, loss, optimizer, kind, _rows(train, batches), meta_batch)
-        if not (finite := result.finite()).all():
-            named = ", ".join(str(seed) for seed, good in zip(seeds, finite.tolist(), strict=True) if not good)
-            raise FloatingPointError(f"a loss of seed {named} was not finite in step {step}; lower the learning rate")
-        if meta_optimizer:
-            meta_step(meta_optimizer, result)
-        kept.append((result.learned_loss, result.task_loss))
-        if step % evaluate_every == 0 or step == steps:
-            seconds += time.perf_counter() - clock
-            means = [torch.stack(values).mean(0) for values in zip(*kept, strict=True)]
-            record(step, means[0], means[1] if meta_optimizer else nothing)
-            if checkpoint is not None:
-                save_checkpoint(checkpoint, run, parts, history)
-            kept, clock = [], time.perf_counter()
-    stack.write_back()
-    if loss:
-        loss.write_back()
-    return pd.DataFrame(history).sort_values(["seed", "step"], kind="stable", ignore_index=True)
 
 
 def initialise_seeds(
@@ -264,7 +125,7 @@ def initialise_seeds(
     def rehearse(step: int) -> None:
         stack, optimizer = begin()
         for _ in range(rehearsal_steps):
-            stacked_step(stack, loss, optimizer, kind, _stacked([next(b) for b in train_batches]))
+            StackedForward(stack, loss, optimizer, kind)(_stacked([next(b) for b in train_batches]))
         stack.write_back()
         for i, (run, model) in enumerate(zip(runs, stack.models, strict=True)):
             run.record(step, validate[i](model), [p[i] for p in loss.parameters])
@@ -288,9 +149,10 @@ def initialise_seeds(
                     stack.replace(i, run.draw(make_model).train())
                     _forget(optimizer, i, run.seed, step)
         batch, meta_batch = (_stacked([next(b) for b in batches]) for batches in (train_batches, meta_batches))
-        result = stacked_step(stack, loss, optimizer, kind, batch, meta_batch)
+        result = StackedForward(stack, loss, optimizer, kind)(batch, meta_batch)
         meta_step(meta_optimizer, result)
-        current = torch.where(result.finite(), result.task_loss, math.inf)
+        reached = torch.as_tensor(result.meta_loss)
+        current = torch.where(result.finite(), reached, math.inf)
         for run, value in zip(runs, current.tolist(), strict=True):
             run.advance(value)
         if step in moments:
@@ -385,34 +247,6 @@ def _forget(optimizer: Optimizer, i: int, seed: int, step: int) -> None:
             buffer[i] = 0
 
 
-def _rows(splits: Sequence[Split], samplers: Sequence[BatchSampler]) -> tuple[Tensor, Tensor]:
-    return _stacked([split[next(sampler)] for split, sampler in zip(splits, samplers, strict=True)])
-
-
 def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     inputs, targets = zip(*batches, strict=True)
     return torch.stack(inputs), torch.stack(targets)
-
-
-def _check(
-    models: Sequence[nn.Module],
-    losses: Sequence[LossNetwork] | None,
-    datasets: Sequence[Dataset],
-    seeds: Sequence[int],
-    online: bool,
-    meta_batches: str,
-) -> None:
-    counts = {"models": len(models), "data sets": len(datasets), "seeds": len(seeds)}
-    counts |= {} if losses is None else {"losses": len(losses)}
-    if not seeds or len(set(counts.values())) != 1:
-        raise ValueError(f"give as many of each, at least one: got {', '.join(f'{n} {k}' for k, n in counts.items())}")
-    if meta_batches not in ("valid", "train"):
-        raise ValueError(f"meta_batches must be 'valid' or 'train', got {meta_batches!r}")
-    if online and losses is None:
-        raise ValueError("online=True needs loss networks to adapt; give losses")
-    for model in models:
-        check_initialised(model)
-    check_stackable(models, losses or [])
-    sizes = {(d.kind, len(d.train), len(d.valid), d.input_shape, d.outputs) for d in datasets}
-    if len(sizes) != 1:
-        raise ValueError(f"the data sets differ in kind or size: {sizes}")

@@ -11,20 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import adalfl_lite
-from adalfl_lite import (
-    LossNetwork,
-    OnlineLearningRate,
-    OnlineLoss,
-    evaluate,
-    fit,
-    fit_seeds,
-    initialise,
-    initialise_seeds,
-)
+from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate, initialise, initialise_seeds
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.learn.online import ENGINES
 from adalfl_lite.passes import Attributes, Undo, replaced, slots_of, unmarked
+from tests.shorthand import fit, fit_seeds
 
 
 class Shared(nn.Module):
@@ -371,11 +363,12 @@ USES = {
     "OnlineLearningRate": step_with(lambda model, optimizer: OnlineLearningRate(model, F.cross_entropy, optimizer)),
     "evaluate": lambda models: [evaluate(model, dataset().test, "classification") for model in models],
     "fit": use_fit,
-    "fit_seeds": use_fit_seeds,
+    "Stacked": use_fit_seeds,
+    "Plain": use_fit,
     "initialise": use_initialise,
     "initialise_seeds": use_initialise_seeds,
 }
-WITHOUT_MODEL = {"Initialisation", "LossNetwork", "MetaStep", "build_model", "endless", "load_dataset"}
+WITHOUT_MODEL = {"Initialisation", "Learner", "LossNetwork", "MetaStep", "build_model", "endless", "load_dataset"}
 
 
 def test_every_public_name_is_used_on_shared_modules_or_takes_no_model():

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
-from adalfl_lite.engines.forward import forward_mode_step
 from adalfl_lite.losses.network import LossNetwork
 from analysis.gradients import (
     gradient_cosine,
@@ -26,6 +25,7 @@ from analysis.gradients import (
     per_sample_gradients,
     plot_layers,
 )
+from tests.shorthand import forward_mode_step
 
 matplotlib.use("Agg")
 

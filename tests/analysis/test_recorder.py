@@ -14,11 +14,11 @@ from torch import nn
 import analysis.recorder
 from adalfl_lite.data.dataset import load_dataset
 from adalfl_lite.losses.network import LossNetwork
-from adalfl_lite.train.loop import fit
 from analysis.early_stopping import push_and_gap
 from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer
 from analysis.label_smoothing import implied_label_smoothing
 from analysis.recorder import Recorder
+from tests.shorthand import fit
 
 
 def classifier():

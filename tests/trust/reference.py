@@ -143,8 +143,8 @@ class Plain:
     after: dict[str, Any]
     moved: float
     """The longest way of an entry of θ in this step."""
-    learned_loss: Tensor
-    task_loss: Tensor
+    training_loss: Tensor
+    meta_loss: Tensor
     slopes: list[tuple[list[Tensor], float]] = field(default_factory=list)
     """Directions of φ, each with equation (1)."""
 
@@ -427,9 +427,9 @@ def _faults(result: Any, after: dict[str, Any], before: dict[str, Any], wanted: 
         if text := difference(after[name], wanted.after[name]):
             return f"{name} not the plain loop's ({text})"
     if text := difference(
-        [result.learned_loss.detach(), result.task_loss.detach()],
-        [wanted.learned_loss, wanted.task_loss],
-        tolerance * max(abs(wanted.learned_loss.item()), abs(wanted.task_loss.item())),
+        [result.training_loss.detach(), result.meta_loss.detach()],
+        [wanted.training_loss, wanted.meta_loss],
+        tolerance * max(abs(wanted.training_loss.item()), abs(wanted.meta_loss.item())),
     ):
         return f"losses not the plain loop's ({text})"
     gradient = result.meta_gradient

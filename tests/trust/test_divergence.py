@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, OnlineLoss, fit
+from adalfl_lite import LossNetwork, OnlineLoss
 from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
 from adalfl_lite.train.loop import MAX_UNDONE
+from tests.shorthand import fit
 
 OPTIONS = {"steps": 30, "batch_size": 10, "evaluate_every": 6, "seed": 1, "progress": False}
 NAN = float("nan")

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adalfl_lite import LossNetwork, fit, load_dataset
+from adalfl_lite import LossNetwork, load_dataset
 from adalfl_lite.compare.results import read_results, write_results
 from adalfl_lite.data import sources
 from adalfl_lite.data.dataset import Dataset, Split
+from tests.shorthand import fit
 
 FRACTION = st.floats(0, 1, exclude_max=True)
 quick = settings(

@@ -96,7 +96,7 @@ def test_forward_mode_is_double_backward(problem, name, counts):
         expected = flat(reference.meta_gradient)
         allowed = tolerance * max(1e-4, expected.abs().max().item())  # small entries are differences of large terms
         torch.testing.assert_close(flat(ours.meta_gradient), expected, rtol=0, atol=allowed)
-        torch.testing.assert_close(ours.task_loss, reference.task_loss, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(ours.meta_loss, reference.meta_loss, rtol=1e-8, atol=1e-10)
         for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     counts["properties tried"] += 1

@@ -56,7 +56,7 @@ class DoubleBackward:
             model[1].running_mean += 1e-6
         if wrong == "a later step":
             self.wrong = "meta-gradient"
-        return SimpleNamespace(meta_gradient=found, learned_loss=learned.detach(), task_loss=loss.detach())
+        return SimpleNamespace(meta_gradient=found, training_loss=learned.detach(), meta_loss=loss.detach())
 
 
 def mlp():

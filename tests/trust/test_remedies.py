@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import adalfl_lite
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate, fit_seeds, initialise_seeds, load_dataset
+from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate, initialise_seeds, load_dataset
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
 from adalfl_lite.compare.methods import MAIN_METHODS, check_applies, tune_learning_rate
@@ -40,6 +40,7 @@ from adalfl_lite.learn.learning_rate import LearningRate, replay
 from adalfl_lite.losses.symbolic import SymbolicLoss, points_downhill, search_symbolic
 from adalfl_lite.losses.task import task_loss
 from adalfl_lite.losses.taylor import search_taylor
+from tests.shorthand import fit_seeds
 from tests.trust.reference import Problem, judge, plain_step, prepare, reference, started, tokens, weights
 from tests.trust.test_any_model import ALL, FOLLOWED, Layers, Reverse, Words, between, embedded, hidden, mlp, stale
 
@@ -212,7 +213,7 @@ def token_loop(given):
     adalfl_lite.learn.initialisation.imitate(network, F.cross_entropy, model(ids), steps=300)
     online = OnlineLoss(model, network, optimizer, meta_learning_rate=1e-4)
     losses = [online.step((ids[:20], labels[:20]), (ids[20:], labels[20:])) for _ in range(90)]
-    return losses[0].task_loss > 1 and (model(ids[:20]).argmax(1) == labels[:20]).all().item()
+    return losses[0].meta_loss > 1 and (model(ids[:20]).argmax(1) == labels[:20]).all().item()
 
 
 class Pair(nn.Module):
@@ -268,7 +269,7 @@ def two_rates(given):
 def rate_by(given, kind):
     """A step with a learned rate of this optimizer."""
     online = OnlineLearningRate(given.model, F.cross_entropy, kind(given.model.parameters(), lr=0.1))
-    return online.step(given.batch, given.meta_batch).task_loss.isfinite().item()
+    return online.step(given.batch, given.meta_batch).meta_loss.isfinite().item()
 
 
 def scheduled(given, steps, multipliers):
@@ -485,7 +486,7 @@ def frozen_again(given):
 def compiled_model(given, **options):
     """A step with a compiled model; the loss is as before to rounding."""
     model = torch.compile(given.model, backend="eager")
-    return given.step(model=model, **options).task_loss.isfinite().item()
+    return given.step(model=model, **options).meta_loss.isfinite().item()
 
 
 def restored(given, whole):
@@ -513,7 +514,7 @@ def steep(given, lr=0.3, initialised=False):
     online = OnlineLoss(model, network, torch.optim.SGD(model.parameters(), lr=lr))
     for _ in range(100):
         step = online.step(batch, batch)
-    return step.task_loss.isfinite().item()
+    return step.meta_loss.isfinite().item()
 
 
 class Row(NamedTuple):
@@ -593,7 +594,7 @@ CHECKS = [
     row("a lazy layer", lambda g: g.fit(model=lazy()), "run one batch through the model before building its optimizer",
         lambda g: g.fit_finite(model=lazy(g.x)), lambda g: g.moved(model=lazy(g.x))),
     row("a lazy layer, in a loop", lambda g: g.online(model=lazy()), "run one batch through the model before",
-        lambda g: g.step(model=lazy(g.x)).task_loss.isfinite().item()),
+        lambda g: g.step(model=lazy(g.x)).meta_loss.isfinite().item()),
     row("lazy layers of seeds", lambda g: g.fit_seeds([lazy(), lazy()]), "run one batch through the model before",
         lambda g: g.fit_seeds([lazy(g.x), lazy(g.x)])),
     row("lazy models of an initialisation", lambda g: g.initialise(make_model=lazy), "run one batch through the model before",

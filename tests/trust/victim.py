@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import LossNetwork, fit, fit_seeds
+from adalfl_lite import LossNetwork
 from adalfl_lite.compare import grid as experiments
 from adalfl_lite.compare import methods
 from adalfl_lite.compare.tasks import get_task
 from adalfl_lite.data.dataset import Dataset, Split
+from tests.shorthand import fit, fit_seeds
 
 NO_SPACE = 28
 

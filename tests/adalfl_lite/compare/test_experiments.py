@@ -28,7 +28,7 @@ from adalfl_lite.losses.dynamical import DynamicalLoss
 from adalfl_lite.losses.symbolic import SymbolicLoss
 from adalfl_lite.provenance import provenance
 from adalfl_lite.train.evaluation import evaluate
-from adalfl_lite.train.loop import fit
+from tests.shorthand import fit
 
 IRIS = get_task("iris").with_(steps=40)
 DIABETES = get_task("diabetes").with_(steps=40)

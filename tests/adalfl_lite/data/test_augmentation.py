@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from adalfl_lite import LossNetwork, fit
+from adalfl_lite import LossNetwork
 from adalfl_lite.compare.tasks import get_task
 from adalfl_lite.data.augmentation import crop_and_flip
 from adalfl_lite.data.dataset import Dataset, Split
+from tests.shorthand import fit
 
 
 def possible(image, padding):

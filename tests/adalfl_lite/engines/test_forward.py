@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from adalfl_lite.engines import forward as metagradient
-from adalfl_lite.engines.forward import forward_mode_step
-from adalfl_lite.engines.unrolled import unrolled_step
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import task_loss
+from tests.shorthand import forward_mode_step, unrolled_step
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -77,7 +76,7 @@ def test_forward_mode_equals_double_backward(model_name, optimizer_name, kind, m
         slow = unrolled_step(other, network, other_optimizer, [data], meta, loss)
         tolerance = 1e-5 if optimizer_name == "rmsprop" else 1e-10  # torch's differentiable path counts in float32
         assert relative_difference(fast.meta_gradient, slow.meta_gradient) < tolerance
-        assert relative_difference([fast.task_loss], [slow.task_loss]) < tolerance
+        assert relative_difference([fast.meta_loss], [slow.meta_loss]) < tolerance
         assert relative_difference(fast.meta_gradient, [torch.zeros_like(g) for g in fast.meta_gradient]) > 0
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -153,7 +152,7 @@ def test_several_inner_steps_against_finite_differences():
         prediction = copy.deepcopy(model)(batches[0][0])
     result = unrolled_step(model, network, optimizer, batches, meta, task_loss("classification"))
     assert torch.allclose(result.prediction, prediction)
-    assert torch.allclose(result.learned_loss, network(prediction, batches[0][1]).detach())
+    assert torch.allclose(result.training_loss, network(prediction, batches[0][1]).detach())
     direction = [torch.randn_like(p) for p in network.parameters()]
 
     def after(shift):
@@ -164,7 +163,7 @@ def test_several_inner_steps_against_finite_differences():
                 p.add_(d, alpha=shift)
         return unrolled_step(
             model, moved, torch.optim.Adam(model.parameters(), lr=0.01), batches, meta, task_loss("classification")
-        ).task_loss.item()
+        ).meta_loss.item()
 
     numeric = (after(1e-5) - after(-1e-5)) / 2e-5
     exact = sum((g * d).sum() for g, d in zip(result.meta_gradient, direction, strict=True)).item()

@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite.engines.forward import forward_mode_step
 from adalfl_lite.engines.stacked import (
     Stack,
+    StackedForward,
     StackedLoss,
     StackedStep,
     check_stackable,
     meta_step,
-    stacked_step,
     task_losses,
 )
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.losses.network import LossNetwork
+from tests.shorthand import forward_mode_step
 
 TASK_LOSS = {"classification": F.cross_entropy, "regression": F.mse_loss}
 
@@ -54,13 +54,13 @@ def test_two_steps_of_a_stack_are_those_of_its_members(kind, network):
     stack, loss = Stack(models), StackedLoss(losses)
     optimizer, optimizers = sgd(stack.parameters), [sgd(m.parameters()) for m in alone]
     for _ in range(2):
-        found = stacked_step(stack, loss, optimizer, kind, batch, meta_batch)
+        found = StackedForward(stack, loss, optimizer, kind)(batch, meta_batch)
         assert found.finite().all()
         for i in range(2):
             own = [tuple(t[i] for t in b) for b in (batch, meta_batch)]
             expected = forward_mode_step(alone[i], losses[i], optimizers[i], *own, TASK_LOSS[kind])
-            torch.testing.assert_close(found.learned_loss[i], expected.learned_loss)
-            torch.testing.assert_close(found.task_loss[i], expected.task_loss)
+            torch.testing.assert_close(found.training_loss[i], expected.training_loss)
+            torch.testing.assert_close(found.meta_loss[i], expected.meta_loss)
             torch.testing.assert_close([g[i] for g in found.meta_gradient], expected.meta_gradient)
     stack.write_back()
     for ours, theirs in zip(models, alone, strict=True):
@@ -73,12 +73,14 @@ def test_without_a_meta_batch_or_a_learned_loss_it_is_a_plain_step(kind):
     alone, stack = copy.deepcopy(models), Stack(models)
     optimizer, optimizers = sgd(stack.parameters), [sgd(m.parameters()) for m in alone]
     for loss, theirs in ((StackedLoss(losses), losses), (None, 2 * [TASK_LOSS[kind]])):
-        found = stacked_step(stack, loss, optimizer, kind, batch, meta_batch if loss is None else None)
+        found = StackedForward(stack, loss, optimizer, kind)(batch, meta_batch if loss is None else None)
         assert found.meta_gradient is None and found.finite().all()
         for i in range(2):
             expected = plain_step(alone[i], theirs[i], optimizers[i], (batch[0][i], batch[1][i]))
-            torch.testing.assert_close(found.learned_loss[i], expected)
-            torch.testing.assert_close(found.task_loss[i], expected)
+            torch.testing.assert_close(found.training_loss[i], expected)
+            if loss is None:  # L_T of the model that the step left
+                after = TASK_LOSS[kind](copy.deepcopy(alone[i])(meta_batch[0][i]), meta_batch[1][i])
+                torch.testing.assert_close(found.meta_loss[i], after.detach())
     for i in range(2):
         torch.testing.assert_close([p[i] for p in stack.parameters], [p.detach() for p in alone[i].parameters()])
 
@@ -91,7 +93,7 @@ def test_task_losses_are_torchs(kind):
     torch.testing.assert_close(task_losses(kind, prediction, targets), torch.stack(expected))
 
 
-@pytest.mark.parametrize("where", ["learned_loss", "task_loss", "meta_gradient"])
+@pytest.mark.parametrize("where", ["training_loss", "meta_loss", "meta_gradient"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_seed_that_is_not_finite_keeps_its_loss_and_its_moments(where, bad):
     def gradients():
@@ -188,6 +190,8 @@ def test_models_that_are_something_else_in_a_stack_are_refused_before_they_moved
     optimizer = sgd(stack.parameters)
     before = copy.deepcopy(stack.state_dict())
     with pytest.raises(NotImplementedError, match="train them with fit, one by one"):
-        stacked_step(stack, loss if learned else None, optimizer, "regression", batch, meta_batch if learned else None)
+        StackedForward(stack, loss if learned else None, optimizer, "regression")(
+            batch, meta_batch if learned else None
+        )
     torch.testing.assert_close(stack.state_dict(), before, rtol=0, atol=0)
     assert not optimizer.state

@@ -6,7 +6,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalfl_lite.engines.tangents import LayerOutputs, finite_difference_tangent, output_tangent
+from adalfl_lite.engines.finite_difference import finite_difference_tangent
+from adalfl_lite.engines.tangents import LayerOutputs, output_tangent
 from adalfl_lite.passes import Buffers, forward, replaced
 
 

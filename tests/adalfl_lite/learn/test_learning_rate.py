@@ -18,11 +18,11 @@ from adalfl_lite.learn.learning_rate import (
     PROPORTIONAL,
     LearningRate,
     OnlineLearningRate,
-    implied_multiplier,
+    implied_scale,
     initialise_learning_rate,
     replay,
 )
-from adalfl_lite.train.loop import fit
+from tests.shorthand import fit
 
 SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
 
@@ -75,7 +75,7 @@ def test_the_hypergradient_is_the_finite_difference_of_the_loss_after_the_step(k
     ]
     optimizer.zero_grad()
     found = online_of(model, optimizer).meta_gradient(batches[3], batches[4])
-    assert found.task_loss.item() == pytest.approx(unchanged, rel=1e-9)
+    assert found.meta_loss.item() == pytest.approx(unchanged, rel=1e-9)
     assert min(map(abs, expected)) > 1e-5
     torch.testing.assert_close(found.meta_gradient[0], torch.tensor(expected).double(), rtol=1e-4, atol=1e-7)
 
@@ -154,7 +154,7 @@ def test_learners_may_share_a_rate():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_implied_multiplier_is_the_projection_of_the_gradients(training):
+def test_the_implied_scale_is_the_projection_of_the_gradients(training):
     """The least-squares coefficient of numpy, over all parameters of the model in eval mode, used or not."""
     model, ((x, y), *_) = problem()
     model = nn.Sequential(nn.ModuleDict({"unused": nn.Linear(2, 2), "used": model})).train(training)
@@ -170,7 +170,7 @@ def test_the_implied_multiplier_is_the_projection_of_the_gradients(training):
         loss(twin(x), y).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]).numpy())
     (expected,), *_ = np.linalg.lstsq(gradients[1][:, None], gradients[0], rcond=None)
-    assert implied_multiplier(model, other, F.cross_entropy, (x, y)) == pytest.approx(expected, rel=1e-12)
+    assert implied_scale(model, other, F.cross_entropy, (x, y)) == pytest.approx(expected, rel=1e-12)
     assert all(module.training == training for module in model.modules())
     assert expected != pytest.approx(2, rel=1e-2)
 
@@ -383,9 +383,9 @@ def test_a_replayed_schedule_multiplies_the_one_that_was_there():
 def test_a_schedule_that_cannot_be_replayed_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     for steps, values, message in (
-        ([0, 1], [1.0], "one multiplier for each step"),
+        ([0, 1], [1.0], "one scale for each step"),
         ([0, 5, 5], [1.0, 2.0, 3.0], "ascending order; give the schedule of one run"),
-        ([0, 5], [1.0, math.nan], "the multiplier at step 5 is not finite"),
+        ([0, 5], [1.0, math.nan], "the scale at step 5 is not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             replay(optimizer, steps, values)

@@ -15,7 +15,7 @@ from adalfl_lite.losses.fixed import FIXED, fixed_loss
 from adalfl_lite.losses.newton import NewtonLoss
 from adalfl_lite.losses.symbolic import LEAVES, OPERATIONS, SymbolicLoss, points_downhill, search_symbolic
 from adalfl_lite.losses.taylor import TaylorLoss, search_taylor
-from adalfl_lite.train.loop import fit
+from tests.shorthand import fit
 
 
 def batch(kind="classification", seed=0, rows=6, outputs=4):

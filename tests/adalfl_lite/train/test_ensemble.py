@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from adalfl_lite import OnlineLoss, Plain, Stacked
 from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
 from adalfl_lite.learn.initialisation import initialise
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import task_loss
 from adalfl_lite.train.checkpoint import NOT_KEPT_BEFORE
-from adalfl_lite.train.loop import fit
-from adalfl_lite.train.seeds import fit_seeds, initialise_seeds
+from adalfl_lite.train.seeds import initialise_seeds
+from tests.shorthand import fit, fit_seeds
 
 SEEDS = (3, 5, 8)
 OPTIONS = {"steps": 6, "batch_size": 8, "evaluate_every": 3, "progress": False}
@@ -85,6 +86,49 @@ def test_online_seeds_are_separate_runs_of_fit(make_optimizer):
     assert_as_alone(mlp, "classification", make_optimizer, online=True, meta_learning_rate=1e-2)
 
 
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_every_seed_learns_a_rate_of_its_own(make_optimizer):
+    options = {"online": True, "learn": "learning_rate", "meta_learning_rate": 0.1, "learned": False}
+    assert_as_alone(mlp, "classification", make_optimizer, **options)
+
+
+def test_a_stack_learns_on_the_next_training_batch_too():
+    options = {"online": True, "meta_learning_rate": 1e-2, "meta_batches": "next"}
+    assert_as_alone(mlp, "classification", OPTIMIZERS["momentum"], **options)
+
+
+def test_a_stack_leaves_out_a_step_that_is_not_finite_for_one_of_it():
+    models, losses, data = make()
+    with torch.no_grad():
+        models[1][0].weight.fill_(math.nan)
+    before = flat([models[0]])
+    with pytest.warns(RuntimeWarning, match="a loss of learner 1 was not finite.*skip"):
+        options = {**OPTIONS, "steps": 2, "evaluate_every": 2, "on_divergence": "skip"}
+        fit_seeds(models, losses, data, make_optimizer=OPTIMIZERS["SGD"], seeds=SEEDS, **options)
+    assert torch.equal(flat([models[0]]), before)
+
+
+def test_learners_of_two_kinds_or_with_two_settings_are_refused():
+    models, losses, _ = make()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    plain = [Plain(*parts) for parts in zip(models, losses, optimizers, strict=True)]
+    with pytest.raises(ValueError, match="nothing to stack"):
+        Stacked([])
+    with pytest.raises(TypeError, match="a stack is of one kind, got Plain and OnlineLoss"):
+        Stacked([plain[0], OnlineLoss(models[1], losses[1], optimizers[1])])
+    with pytest.raises(ValueError, match="some are trained with a loss network and some are not"):
+        Stacked([plain[0], Plain(models[1], task_loss("classification"), optimizers[1])])
+    optimizers[1].param_groups[0]["lr"] = 0.2
+    with pytest.raises(ValueError, match="the optimizers differ in kind, groups or settings"):
+        Stacked(plain)
+    plain[1].optimizer.param_groups[0]["lr"] = 0.1
+    x = torch.randn(4, 5, dtype=torch.float64)
+    plain[2] = Plain(models[2], losses[2], torch.optim.SGD(models[2].parameters(), lr=0.1, momentum=0.9))
+    plain[2].step((x, torch.tensor([0, 1, 2, 0])))
+    with pytest.raises(ValueError, match="has taken steps already; stack fresh ones"):
+        Stacked(plain)
+
+
 @pytest.mark.parametrize("build", [batch_norm, convnet])
 def test_batch_norm_keeps_its_statistics_per_model(build):
     assert_as_alone(build, "classification", OPTIMIZERS["momentum"], online=True, meta_learning_rate=1e-2)
@@ -127,7 +171,7 @@ def test_a_resumed_program_ends_as_a_whole_one(tmp_path):
                 return super().__next__()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("adalfl_lite.train.seeds.BatchSampler", Interrupted)
+            patch.setattr("adalfl_lite.train.streams.BatchSampler", Interrupted)
             options = {"make_optimizer": sgd, "seeds": SEEDS, "online": True, "checkpoint": checkpoint}
             history = fit_seeds(models, losses, data, **options, **OPTIONS)
         return flat(models), flat(losses), history.drop(columns="seconds")
@@ -167,7 +211,9 @@ def test_an_older_checkpoint_of_seeds_resumes(tmp_path):
             kept = {name: value for name, value in saved["run"].items() if name not in NOT_KEPT_BEFORE}
             kept = {"meta_batches": "valid", "meta_learning_rate": 1e-5, **kept}
             torch.save({**saved, "run": kept}, tmp_path / "c")
-            assert run or (set(saved["run"]) - set(kept) == {"model", "loss", "held_out", "inputs"})
+            assert run or (
+                set(saved["run"]) - set(kept) == {"model", "loss", "held_out", "inputs"} <= set(NOT_KEPT_BEFORE)
+            )
         assert ends[0].equals(ends[1])  # seconds included: it was read
         (tmp_path / "c").unlink()
 
@@ -176,7 +222,7 @@ def test_the_seed_that_diverges_is_named():
     models, losses, data = make()
     with torch.no_grad():
         models[1][0].weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="a loss of seed 5 was not finite in step 1"):
+    with pytest.raises(FloatingPointError, match="step 1: a loss of learner 1 was not finite"):
         fit_seeds(models, losses, data, make_optimizer=OPTIMIZERS["SGD"], seeds=SEEDS, **OPTIONS)
 
 
@@ -193,23 +239,27 @@ def test_what_cannot_be_stacked_is_refused():
                 **{**OPTIONS, **options},
             )
 
-    refused(
-        ValueError, "give as many of each, at least one: got 3 models, 3 data sets, 2 seeds, 3 losses", seeds=(1, 2)
-    )
+    refused(ValueError, "give as many of each, at least one: got 3 models, 3 data sets, 2 seeds", seeds=(1, 2))
     refused(ValueError, "the models differ", models=[mlp().double(), mlp().double(), mlp()])
     refused(ValueError, "the losses differ", losses=[LossNetwork("classification", beta=b) for b in (1, 2, 3)])
     dropout = [nn.Sequential(nn.Linear(5, 3), nn.Dropout()) for _ in SEEDS]
     refused(ValueError, "dropout draws other numbers", models=dropout)
-    refused(ValueError, "some parameters are frozen", models=[mlp().requires_grad_(False) for _ in SEEDS])
+    refused(ValueError, "some parameters are frozen", models=[half_frozen() for _ in SEEDS])
     refused(TypeError, "Linear cannot be stacked", losses=[nn.Linear(2, 1) for _ in SEEDS])
     refused(TypeError, "RMSprop is not known to treat every entry alike", optimizer=torch.optim.RMSprop)
-    refused(ValueError, "meta_batches must be 'valid' or 'train', got 'test'", meta_batches="test")
+    refused(ValueError, "meta_batches must be 'valid', 'train' or 'next', got 'test'", meta_batches="test")
     refused(ValueError, "steps must be at least 1, got 0", steps=0)
     refused(ValueError, "evaluate_every must be at least 1, got 0", evaluate_every=0)
-    refused(ValueError, "meta_learning_rate=0.1 has no effect without online=True; leave it", meta_learning_rate=0.1)
-    refused(ValueError, "meta_batches='train' has no effect without online=True", meta_batches="train")
+    refused(ValueError, "meta_batches='train' has no effect where nothing is learned", meta_batches="train")
+    refused(ValueError, "clip_gradient_norm=1.0 is not for a stack; leave it out", clip_gradient_norm=1.0)
     lazy = [nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)) for _ in SEEDS]
     refused(ValueError, "the parameter '0.weight' is of a lazy layer .*run one batch through", models=lazy)
+
+
+def half_frozen():
+    model = mlp().double()
+    model[0].requires_grad_(False)
+    return model
 
 
 MANY = {"steps": 30, "imitation_steps": 10, "rollout_steps": 4, "rehearsals": 3, "rehearsal_steps": 5}

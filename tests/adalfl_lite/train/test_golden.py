@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adalfl_lite import LossNetwork, fit, fit_seeds, load_dataset
+from adalfl_lite import LossNetwork, load_dataset
 from adalfl_lite.losses.dynamical import DynamicalLoss
+from tests.shorthand import fit, fit_seeds
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = {"steps": 40, "batch_size": 20, "evaluate_every": 20, "progress": False}
