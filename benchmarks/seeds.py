@@ -1,7 +1,7 @@
 """What ten seeds cost when they run as one program: python benchmarks/seeds.py
 
 The task is digits with the MLP 64-64-10, batch 100, SGD with momentum .9. Times are CPU seconds per step of one process
-on one thread: of ``fit_seeds``, the loss adapted online, with 1 to 20 seeds, beside ``fit`` for one; and of
+on one thread: of ``fit`` with a stack of 1 to 20 learners, the loss adapted online, beside one learner; and of
 ``initialise_seeds`` (meta steps alone, without imitation and rehearsals) beside ``initialise``. They are interleaved:
 given are medians over repetitions, and the quartiles of the ratio to one seed alone. Writes results/seeds.json.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from adalfl_lite import LossNetwork, build_model, fit, fit_seeds, initialise, initialise_seeds, load_dataset
+from adalfl_lite import LossNetwork, OnlineLoss, Stacked, build_model, fit, initialise, initialise_seeds, load_dataset
 from adalfl_lite.files import atomic_path
 from adalfl_lite.provenance import provenance
 
@@ -35,12 +35,13 @@ def train(count: int, steps: int, *, together: bool) -> None:
     """Online training of ``count`` seeds, evaluated at the first and the last step."""
     data = load_dataset("digits")
     models, losses = [make_model() for _ in range(count)], [LossNetwork.classification() for _ in range(count)]
-    settings = {"online": True, "progress": False, "steps": steps, "evaluate_every": steps}
+    parts = zip(models, losses, strict=True)
+    learners = [OnlineLoss(model, loss, make_optimizer(model.parameters())) for model, loss in parts]
     if together:
-        fit_seeds(models, losses, data, make_optimizer=make_optimizer, seeds=range(count), **settings)
+        fit(Stacked(learners), data, seed=range(count), steps=steps, evaluate_every=steps, progress=False)
         return
-    for i in range(count):
-        fit(models[i], losses[i], data, optimizer=make_optimizer(models[i].parameters()), seed=i, **settings)
+    for i, learner in enumerate(learners):
+        fit(learner, data, seed=i, steps=steps, evaluate_every=steps, progress=False)
 
 
 def meta_learn(count: int, steps: int, *, together: bool) -> None:

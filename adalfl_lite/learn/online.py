@@ -18,7 +18,7 @@ from adalfl_lite.engines.distributed import start_equal
 from adalfl_lite.engines.steps import Batches, advance, check_step, micro_batches
 from adalfl_lite.engines.unrolled import Unrolled
 from adalfl_lite.engines.updates import Clipping
-from adalfl_lite.learn.base import Learner, describe_training
+from adalfl_lite.learn.base import Learner, check_same_device, describe_training
 from adalfl_lite.losses.task import Loss, task_loss
 from adalfl_lite.passes import Undo, optimizer_parameters
 from adalfl_lite.provenance import describe_optimizer
@@ -306,11 +306,7 @@ def _check_loss_network(loss_network: nn.Module, model: nn.Module, meta_optimize
             f"{type(loss_network).__name__} has no parameter that requires a gradient; to keep the loss as it is,"
             " train without OnlineLoss, or unfreeze it and use meta_learning_rate=0"
         )
-    devices = [next(module.parameters()).device for module in (loss_network, model)]
-    if devices[0] != devices[1]:
-        raise ValueError(
-            f"the loss network is on {devices[0]}, the model on {devices[1]}; use loss_network.to({str(devices[1])!r})"
-        )
+    check_same_device(loss_network, model)
     if phi & {id(parameter) for parameter in model.parameters()}:
         raise ValueError("the model and the loss network share a parameter; give each its own")
     if meta_optimizer is not None and not phi >= {id(parameter) for parameter in optimizer_parameters(meta_optimizer)}:

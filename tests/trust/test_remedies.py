@@ -5,7 +5,6 @@ A new message with a remedy in one of :data:`MODULES` needs a row here; :func:`t
 """
 
 import ast
-import functools
 import math
 import re
 import runpy
@@ -29,7 +28,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import adalfl_lite
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate, initialise_seeds, load_dataset
+from adalfl_lite import (
+    LossNetwork,
+    OnlineLearningRate,
+    OnlineLoss,
+    Plain,
+    Stacked,
+    evaluate,
+    initialise_seeds,
+    load_dataset,
+)
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
 from adalfl_lite.compare.methods import MAIN_METHODS, check_applies, tune_learning_rate
@@ -114,6 +122,28 @@ class Tools(Given):
         losses = [LossNetwork.classification() for _ in SEEDS] if losses == () else losses
         given = {"steps": 3, "batch_size": 8, "seeds": SEEDS, "progress": False, **changes}
         return fit_seeds(models or self.models(), losses, self.data(), make_optimizer=make_optimizer, **given)
+
+    def stacked(self, begun=False, rates=(0.1, 0.1), **settings):
+        """A stack of two learned losses."""
+        members = []
+        for rate in rates:
+            model, network = nn.Linear(4, 3), LossNetwork.classification()
+            members.append(
+                OnlineLoss(model, network, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9), **settings)
+            )
+        if begun:
+            members[0].step(self.batch, self.meta_batch)
+        return Stacked(members)
+
+    def stacked_plain(self, *losses):
+        """A stack of two plain learners with these losses."""
+        models = [nn.Linear(4, 3) for _ in losses]
+        members = zip(models, losses, strict=True)
+        return Stacked([Plain(model, loss, torch.optim.SGD(model.parameters(), lr=0.1)) for model, loss in members])
+
+    def rows_of_seeds(self, batch):
+        """The same batch for both learners of a stack."""
+        return tuple(torch.stack([part, part]) for part in batch)
 
     def pairs(self, one=False):
         """Batches of a linear map, and others of it; or one and the same."""
@@ -557,7 +587,7 @@ class Once(torch.autograd.Function):
         return gradient
 
 
-class Plain(nn.Linear):
+class OwnProduct(nn.Linear):
     def __init__(self):
         super().__init__(4, 3)
 
@@ -569,7 +599,7 @@ CUDA = {"needs": torch.cuda.is_available}
 
 CHECKS = [
     row("unknown name", lambda g: get_task("digit"), "did you mean 'digits'[?]", lambda g: get_task("digits")),
-    row("an option without effect", lambda g: g.fit(engine="unrolled"), "leave it out", lambda g: g.fit_finite()),
+    row("an option without effect", lambda g: g.fit(meta_batches="train"), "leave it out", lambda g: g.fit_finite()),
     row("a NumPy array", lambda g: g.split(inputs=g.x.numpy()), "use torch.as_tensor",
         lambda g: g.split(inputs=torch.as_tensor(g.x.numpy()))),
     row("two devices", lambda g: g.split(indices=g.rows.to("meta")), r"move them with \.to\(device\)",
@@ -685,28 +715,17 @@ TRAINING = [
         lambda g: g.fit_finite(data=g.data()), lambda g: g.fit_finite(data=load_dataset("iris"))),
     row("engine='shared' alone", lambda g: g.fit(online=True, engine="shared"), "needs meta_batches='next'",
         lambda g: g.moved(engine="shared", meta_batches="next")),
-    row("compile offline", lambda g: g.fit(compile="default"), r"leave it out, or hand fit torch\.compile\(model\)",
-        lambda g: g.fit_finite(), lambda g: g.fit_finite(model=torch.compile(g.model, backend="eager"))),
     row("a rate learned and scheduled", lambda g: (o := g.optimizer(), g.rate(optimizer=o, scheduler=MultiStepLR(o, [2]))),
         "leave one out", lambda g: g.rate(),
         lambda g: (o := g.optimizer(), g.fit_finite(optimizer=o, scheduler=MultiStepLR(o, [2])))[1]),
     row("two meta learning rates", lambda g: g.fit(online=True, meta_learning_rate=0.1, meta_optimizer=partial(torch.optim.SGD, lr=0.1)),
         "leave one of the two out", lambda g: g.moved(meta_learning_rate=0.1),
         lambda g: g.moved(meta_optimizer=partial(torch.optim.SGD, lr=0.1))),
-    row("a meta-optimizer over the loss for a rate", lambda g: g.rate(meta_optimizer=torch.optim.Adam(g.network.parameters())),
-        r"give a function that builds one, such as functools\.partial\(torch\.optim\.Adam, lr=1e-3\)",
-        lambda g: g.rate(meta_optimizer=functools.partial(torch.optim.Adam, lr=1e-3))),
-    row("a function that builds no optimizer", lambda g: g.fit(online=True, meta_optimizer=lambda p: 1),
-        r"such as functools\.partial\(torch\.optim\.Adam, lr=1e-3\)",
-        lambda g: g.moved(meta_optimizer=functools.partial(torch.optim.Adam, lr=1e-3))),
     row("autocast to float32", lambda g: g.fit(autocast=torch.float32), r"must be torch\.bfloat16 .*leave it out for neither",
         lambda g: g.fit_finite(autocast=torch.bfloat16), lambda g: g.fit_finite()),
-    row("a fixed loss online", lambda g: g.fit(loss=F.cross_entropy, online=True), "such as a LossNetwork", lambda g: g.moved()),
     row("LBFGS", lambda g: g.fit(optimizer=torch.optim.LBFGS(g.model.parameters())), "use one such as SGD or Adam",
         lambda g: g.fit_finite(optimizer=torch.optim.SGD(g.model.parameters(), lr=0.1)),
         lambda g: g.fit_finite(optimizer=torch.optim.Adam(g.model.parameters()))),
-    row("another device", lambda g: g.fit(device="meta"), r"move it with model\.to\('meta'\) before building its optimizer",
-        lambda g: (m := g.model.to("cuda"), g.fit_finite(model=m, optimizer=g.sgd(m), device="cuda"))[1], **CUDA),
     row("a plateau", lambda g: (o := g.optimizer(), g.fit(optimizer=o, scheduler=ReduceLROnPlateau(o))), "such as MultiStepLR",
         lambda g: (o := g.optimizer(), g.fit(optimizer=o, scheduler=MultiStepLR(o, [2])).learning_rate.nunique() == 2)[1]),
     row("another optimizer's scheduler", lambda g: g.fit(scheduler=MultiStepLR(g.optimizer(), [2])), "build it from the one",
@@ -744,7 +763,28 @@ INITIALISING = [
         lambda g: g.initialise_seeds(lr=0.01, **LONG), lambda g: g.initialise_alone(lr=30, **LONG)),
     row("seeds: a rate far too large", lambda g: g.fit_seeds(losses=None, make_optimizer=partial(torch.optim.SGD, lr=3e38)),
         "lower the learning rate", lambda g: g.fit_seeds(losses=None)),
-    row("seeds: nothing to learn", lambda g: g.fit_seeds(losses=None, online=True), "give losses", lambda g: g.fit_seeds(online=True)),
+    row("seeds: a setting", lambda g: g.fit_seeds(clip_gradient_norm=1.0), "is not for a stack; leave it out, or train one by one",
+        lambda g: g.fit_seeds(), lambda g: g.fit_finite(clip_gradient_norm=1.0)),
+    row("seeds: compiled", lambda g: g.stacked(compile="default"), "compile= are not for a stack; leave them out",
+        lambda g: g.stacked(), lambda g: g.moved(compile="default")),
+    row("seeds: under way", lambda g: g.stacked(begun=True), "stack fresh ones, and load a state into the stack",
+        lambda g: (a := g.stacked(), b := g.stacked(), b.load_state_dict(a.state_dict()))),
+    row("seeds: one of two kinds of loss", lambda g: g.stacked_plain(LossNetwork.classification(), F.cross_entropy),
+        "stack them apart", lambda g: [g.stacked_plain(loss, loss) for loss in (LossNetwork.classification(), F.cross_entropy)]),
+    row("seeds: half an optimizer", lambda g: g.fit_seeds(make_optimizer=lambda p: torch.optim.SGD(list(p)[:1], lr=0.1)),
+        r"build it from \.parameters\(\)", lambda g: g.fit_seeds()),
+    row("seeds: two rates", lambda g: g.stacked(rates=(0.1, 0.2)), "all must be the same", lambda g: g.stacked(rates=(0.1, 0.1))),
+    row("seeds: one in eval mode", lambda g: g.fit_seeds([nn.Linear(4, 3).train(bool(i)) for i in range(len(SEEDS))]),
+        "all must be of one architecture, and in train mode", lambda g: g.fit_seeds([nn.Linear(4, 3) for _ in SEEDS])),
+    row("seeds: augmented", lambda g: g.fit_seeds(augment=nn.Identity()), "train such models one by one",
+        lambda g: g.fit_finite(augment=nn.Identity())),
+    row("seeds: no meta batch", lambda g: g.stacked().step(g.rows_of_seeds(g.batch)), r"give step\(batch, meta_batch\)",
+        lambda g: g.stacked().step(g.rows_of_seeds(g.batch), g.rows_of_seeds(g.meta_batch))),
+    row("no meta batch", lambda g: g.online().step(g.batch), r"give step\(batch, meta_batch\), of validation data if any",
+        lambda g: g.online().step(g.batch, g.meta_batch)),
+    row("no meta batch for a rate", lambda g: OnlineLearningRate(g.model, F.cross_entropy, g.optimizer()).step(g.batch),
+        r"rate needs a meta batch; give step\(batch, meta_batch\), of validation data if any",
+        lambda g: OnlineLearningRate(g.model, F.cross_entropy, g.optimizer()).step(g.batch, g.meta_batch)),
     row("seeds: dropout", lambda g: g.fit_seeds([nn.Sequential(nn.Linear(4, 3), nn.Dropout()) for _ in SEEDS]), "train such models with fit",
         lambda g: g.fit_finite(model=nn.Sequential(nn.Linear(4, 3), nn.Dropout()))),
     row("seeds: a frozen layer", lambda g: g.fit_seeds([nn.Sequential(frozen(nn.Linear(4, 4)), nn.Linear(4, 3)) for _ in SEEDS]),
@@ -787,7 +827,7 @@ LEARNING = [
         lambda g: g.step(loss_network=Scaled(), task_loss=F.cross_entropy)),
     row("a compiled model, unrolled", lambda g: compiled_model(g, engine="unrolled"), "use engine='forward', or do not compile it",
         lambda g: compiled_model(g, engine="forward"), lambda g: g.step(engine="unrolled")),
-    row("autocast to integers", lambda g: g.step(autocast=torch.int8), r"such as torch\.bfloat16", lambda g: g.step(autocast=torch.bfloat16)),
+    row("autocast to integers", lambda g: g.step(autocast=torch.int8), r"must be torch\.bfloat16 or torch\.float16", lambda g: g.step(autocast=torch.bfloat16)),
     row("a function for a loss network", lambda g: g.step(loss_network=F.cross_entropy),
         r"LossNetwork\.classification\(\) and LossNetwork\.regression\(\) make one", lambda g: g.step(loss_network=LossNetwork.classification()),
         lambda g: g.step(batch=(g.x, g.x[:, :3]), meta_batch=(g.x, g.x[:, :3]), loss_network=LossNetwork.regression())),
@@ -894,8 +934,8 @@ SERVING = [
         lambda g: right(ZEROED), lambda g: accumulated(PLAIN, (5, 3, 4))),
     row("seeds: a hook that a stack does not see", lambda g: g.fit_seeds([Steep() for _ in SEEDS], losses=None), "not what each is alone; train them with fit",
         lambda g: g.fit_finite(model=Steep(), loss=F.cross_entropy)),
-    row("seeds: a function of one's own", lambda g: g.fit_seeds([Plain() for _ in SEEDS]), "cannot pass as a stack: .*; train them with fit",
-        lambda g: g.fit_finite(model=Plain(), loss=F.cross_entropy)),
+    row("seeds: a function of one's own", lambda g: g.fit_seeds([OwnProduct() for _ in SEEDS]), "cannot pass as a stack: .*; train them with fit",
+        lambda g: g.fit_finite(model=OwnProduct(), loss=F.cross_entropy)),
     row("seeds: two architectures", lambda g: g.fit_seeds([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)]), "must be of one architecture", lambda g: g.fit_seeds()),
     row("seeds: losses of two kinds", lambda g: g.fit_seeds(losses=[LossNetwork.classification(), LossNetwork.classification(beta=2.0)]),
         "differ in kind, layers or anchor; all must be of one architecture", lambda g: g.fit_seeds(online=True)),
