@@ -20,20 +20,21 @@ Every import goes up this list, from a folder or a file to those above it:
 from adalfl_lite.data.dataset import load_dataset
 from adalfl_lite.engines.base import MetaStep
 from adalfl_lite.learn.base import Learner, Plain
-from adalfl_lite.learn.initialisation import Initialisation, endless, initialise
+from adalfl_lite.learn.initialisation import initialise, initialise_seeds
 from adalfl_lite.learn.learning_rate import OnlineLearningRate
+from adalfl_lite.learn.meta_learning import Initialisation, Initialiser, endless
 from adalfl_lite.learn.online import OnlineLoss
 from adalfl_lite.learn.stacked import Stacked
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.models import build_model
 from adalfl_lite.train.evaluation import evaluate
 from adalfl_lite.train.loop import fit
-from adalfl_lite.train.seeds import initialise_seeds
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Initialisation",
+    "Initialiser",
     "Learner",
     "LossNetwork",
     "MetaStep",

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from adalfl_lite.compare.grid import check_applies, compare, run
-from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, training_steps
+from adalfl_lite.compare.grid import compare, run
+from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, check_applies, get_method
 from adalfl_lite.compare.results import final_errors, read_results, write_results
 from adalfl_lite.compare.tasks import TASKS, Task, get_task
 from adalfl_lite.data.dataset import BUNDLED
@@ -171,7 +171,7 @@ def train(
     def keep(step: int, model: Any, loss: Any) -> None:
         if isinstance(loss, StoredLoss):
             curves[step] = copy.deepcopy(loss).cpu()
-        if step == training_steps(chosen, method):  # before the last checkpoint says that there is no more to do
+        if step == get_method(method).steps(chosen):  # before the last checkpoint says that there is no more to do
             weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             atomic_save(weights, stem.with_name(stem.name + ".model.pt"))
             if curves:

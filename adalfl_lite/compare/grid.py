@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -28,24 +28,16 @@ import joblib
 import pandas as pd
 from tqdm import tqdm
 
-from adalfl_lite.compare.methods import (
-    MAIN_METHODS,
-    Prepared,
-    check_applies,
-    prepare,
-    train,
-    training_steps,
-)
+from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies, get_method, prepare, train
 from adalfl_lite.compare.results import read_results, write_results
 from adalfl_lite.compare.tasks import Task, get_task
-from adalfl_lite.compare.together import prepare_together, runs_together, train_together
 from adalfl_lite.provenance import provenance, without_addresses
 from adalfl_lite.train.loop import Callback
 
 
 def compare(
     tasks: Sequence[str | Task],
-    methods: Sequence[str] = MAIN_METHODS,
+    methods: Sequence[str] | Mapping[str, Method] = MAIN_METHODS,
     seeds: Sequence[int] = range(10),
     *,
     folder: str | os.PathLike | None = None,
@@ -59,21 +51,21 @@ def compare(
 
     Args:
         tasks: names from :data:`~adalfl_lite.compare.tasks.TASKS`, or tasks of your own.
-        methods: names from :data:`~adalfl_lite.compare.methods.METHODS`.
+        methods: names from :data:`~adalfl_lite.compare.methods.METHODS`, or methods of your own by name.
         seeds: each seeds the split, the base model, the loss network and the batches of its jobs.
         folder: where each finished job is stored; a rerun skips the jobs it finds there.
         root: data folder, see :func:`~adalfl_lite.data.dataset.load_dataset`.
         device: where to train.
         jobs: processes; more than one uses the active joblib backend.
         together: make all seeds of a task one job, and one program where a method allows
-            (:mod:`adalfl_lite.compare.together`): much faster for small models, the same to rounding. Seconds are then
+            (:class:`~adalfl_lite.learn.Stacked`): much faster for small models, the same to rounding. Seconds are then
             equal shares of the program's. If one seed diverges, the method's seeds are run one by one.
         progress: show a bar over jobs and, of one process, below it the steps of what runs.
 
     Returns:
         The rows of :func:`~adalfl_lite.train.loop.fit` with columns task, method, seed, initialisation_steps,
         initialisation_chosen_step, initialisation_seconds, seeds_together (how many shared the program), settings (of
-        the task, as JSON) and what :func:`provenance` gives. A run that diverged is one row at its last step with
+        the task, as JSON), recipe (of the method, as text) and what :func:`provenance` gives. A run that diverged is one row at its last step with
         infinite errors.
 
     Raises:
@@ -82,20 +74,20 @@ def compare(
             ``together``, and the task's model cannot be stacked.
     """
     chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
-    for name, values in (("tasks", [task.name for task in chosen]), ("methods", methods), ("seeds", seeds)):
+    names = list(methods)
+    for name, values in (("tasks", [task.name for task in chosen]), ("methods", names), ("seeds", seeds)):
         if not len(values):
             raise ValueError(f"nothing to compare: {name} is empty")
         if twice := [value for i, value in enumerate(values) if value in values[:i]]:
             remedy = "; name a changed task anew, task.with_(name=...)" if name == "tasks" else ""
             raise ValueError(f"{name} hold {twice[0]!r} twice{remedy}")
+    hows = dict(methods) if isinstance(methods, Mapping) else {name: get_method(name) for name in names}
     for task in chosen:
-        for method in methods:
-            check_applies(method, task)
+        for name, method in hows.items():
+            check_applies(name, task, method)
     groups = [list(seeds)] if together else [[seed] for seed in seeds]
     grid = [(task, group) for task in chosen for group in groups]
-    job = partial(
-        _run_methods, methods=methods, folder=folder, root=root, device=device, progress=progress and jobs == 1
-    )
+    job = partial(_run_methods, methods=hows, folder=folder, root=root, device=device, progress=progress and jobs == 1)
     with tqdm(grid, desc="jobs", disable=not progress) as points:  # as jobs are handed out: not all backends stream
         results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(*point) for point in points)
     return pd.concat([frame for frames in results for frame in frames], ignore_index=True)
@@ -105,7 +97,7 @@ def _run_methods(
     task: Task,
     seeds: Sequence[int],
     *,
-    methods: Sequence[str],
+    methods: Mapping[str, Method],
     folder: str | os.PathLike | None,
     root: str | None,
     device: str,
@@ -115,23 +107,22 @@ def _run_methods(
     frames: list[pd.DataFrame] = []
     options: dict[str, Any] = {"root": root, "device": device, "progress": progress}
     shared: dict[int, dict] = {seed: {} for seed in seeds}
-    for method in methods:
-        paths = {} if folder is None else {seed: job_path(folder, task.name, method, seed) for seed in seeds}
+    for name, method in methods.items():
+        paths = {} if folder is None else {seed: job_path(folder, task.name, name, seed) for seed in seeds}
         done = [seed for seed in paths if paths[seed].exists()]
         frames += [_stored(paths[seed], task, method) for seed in done]
         left = [seed for seed in seeds if seed not in done]
-        found: list[pd.DataFrame] = []
-        if len(left) > 1 and runs_together(method, task):
-            with suppress(FloatingPointError):
-                found = run_together(task, method, left, shared=shared, **options)
-        for i, seed in enumerate(left):
-            if found:
-                result = found[i]
-            else:
-                result = _run_or_diverge(task, method, seed, shared=shared[seed], **options)
+        results: dict[int, pd.DataFrame] = {}
+        if len(left) > 1 and method.stacks(task):
+            with suppress(FloatingPointError):  # then one by one, so that only the seed that diverges is lost
+                found = run(task, method, left, name=name, shared=shared, **options)
+                results = {seed: rows for seed, rows in found.groupby("seed")}
+        for seed in left:
+            if seed not in results:
+                results[seed] = _run_or_diverge(task, method, seed, name=name, shared=shared, **options)
             if seed in paths:
-                write_results(result, paths[seed])
-            frames.append(result)
+                write_results(results[seed], paths[seed])
+            frames.append(results[seed])
     return frames
 
 
@@ -146,86 +137,74 @@ def _settings(task: Task) -> str:
     return json.dumps(found, default=lambda value: without_addresses(repr(value)))
 
 
-def _stored(path: Path, task: Task, method: str) -> pd.DataFrame:
-    """A finished job, if it is of this very task."""
-    stored, steps = read_results(path), training_steps(task, method)
-    different = {} if stored.step.max() == steps else {"steps": (stored.step.max(), steps)}
+def _stored(path: Path, task: Task, method: Method) -> pd.DataFrame:
+    """A finished job, if it is of this very task and method."""
+    stored, steps = read_results(path), method.steps(task)
+    different: dict[str, tuple] = {} if stored.step.max() == steps else {"steps": (stored.step.max(), steps)}
     if "settings" in stored and isinstance(text := stored.settings.iloc[0], str):
         found, wanted = json.loads(text), json.loads(_settings(task))
         kept = [name for name in wanted if name in found or name in Task.__dataclass_fields__]
         different |= {name: (found.get(name), wanted[name]) for name in kept if found.get(name) != wanted[name]}
+    if "recipe" in stored and isinstance(text := stored.recipe.iloc[0], str) and text != method.recipe:
+        different["recipe of the method"] = (text, method.recipe)
     if different:
         changes = ", ".join(f"{name} {before}, not {now}" for name, (before, now) in different.items())
         raise ValueError(f"{path} is of a task with {changes}; give another folder, or delete that file")
     return stored
 
 
-def _run_or_diverge(task: Task, method: str, seed: int, *, device: str, **options: Any) -> pd.DataFrame:
+def _run_or_diverge(task: Task, method: Method, seed: int, *, name: str, device: str, **options: Any) -> pd.DataFrame:
     """The history; of a run that diverged one row, at its last step."""
     try:
-        return run(task, method, seed, device=device, **options)
+        return run(task, method, seed, name=name, device=device, **options)
     except FloatingPointError:
-        labels = {"task": task.name, "method": method, "seed": seed, "step": training_steps(task, method)}
+        labels = {"task": task.name, "method": name, "seed": seed, "step": method.steps(task)}
         errors = {"test_error": math.inf, "valid_error": math.inf}
-        return pd.DataFrame([{**labels, **errors, "settings": _settings(task), **provenance(device)}])
+        settings = {"settings": _settings(task), "recipe": method.recipe}
+        return pd.DataFrame([{**labels, **errors, **settings, **provenance(device)}])
 
 
 def run(
     task: Task,
-    method: str,
-    seed: int,
+    method: str | Method,
+    seeds: int | Sequence[int],
     *,
+    name: str | None = None,
     root: str | None = None,
     device: str = "cpu",
     callback: Callback | None = None,
     checkpoint: str | os.PathLike | None = None,
-    shared: dict | None = None,
+    shared: Mapping[int, dict] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Meta-learn the loss if the method has one, train, and return the history with its labels.
 
-    ``shared`` keeps initialised losses between calls for the same task and seed: pass one dictionary to all of them.
-    The other arguments are those of :func:`compare` and :func:`~adalfl_lite.train.loop.fit`.
+    Args:
+        task, method: what is compared; a method, or its name in :data:`~adalfl_lite.compare.methods.METHODS`.
+        seeds: one seed, or several that are one program; only where :meth:`~adalfl_lite.compare.Method.stacks`.
+        name: of the method, in the table; by default the name that was given.
+        root, device, progress: those of :func:`compare`.
+        callback, checkpoint: those of :func:`~adalfl_lite.train.fit`.
+        shared: for each seed a dictionary, which keeps initialised losses between calls for the same task.
     """
-    data = task.load(root=root, seed=seed)
-    prepared = prepare(task, data, method, seed, device=device, shared=shared, progress=progress)
-    options: dict[str, Any] = {"callback": callback, "checkpoint": checkpoint, "progress": progress}
-    history = train(prepared, method, seed, device=device, **options)
-    return _labelled(history, task, prepared, method, seed, device, 1)
-
-
-def run_together(
-    task: Task,
-    method: str,
-    seeds: Sequence[int],
-    *,
-    root: str | None = None,
-    device: str = "cpu",
-    shared: dict[int, dict] | None = None,
-    progress: bool = False,
-) -> list[pd.DataFrame]:
-    """:func:`run` for several seeds as one program; ``shared`` has a dictionary for every seed."""
-    datasets = [task.load(root=root, seed=seed) for seed in seeds]
-    shared = {seed: {} for seed in seeds} if shared is None else shared
-    prepared = prepare_together(task, datasets, method, seeds, device=device, shared=shared, progress=progress)
-    histories = train_together(prepared, method, seeds, device=device, progress=progress)
-    return [
-        _labelled(histories[histories.seed == seed].drop(columns="seed"), task, one, method, seed, device, len(seeds))
-        for seed, one in zip(seeds, prepared, strict=True)
-    ]
-
-
-def _labelled(
-    history: pd.DataFrame, task: Task, prepared: Prepared, method: str, seed: int, device: str, together: int
-) -> pd.DataFrame:
-    return history.assign(
+    several = [seeds] if not isinstance(seeds, Sequence) else list(seeds)
+    how = get_method(method) if isinstance(method, str) else method
+    datasets = [task.load(root=root, seed=seed) for seed in several]
+    prepared = prepare(task, datasets, how, several, device=device, shared=shared, progress=progress)
+    history = train(prepared, how, several, device=device, callback=callback, checkpoint=checkpoint, progress=progress)
+    before = pd.DataFrame(
+        {
+            "seed": several,
+            "initialisation_steps": [one.steps for one in prepared],
+            "initialisation_chosen_step": [one.chosen_step for one in prepared],
+            "initialisation_seconds": [one.seconds for one in prepared],
+        }
+    )
+    return history.merge(before, on="seed", how="left").assign(
         task=task.name,
-        method=method,
-        seed=seed,
-        initialisation_steps=prepared.steps,
-        initialisation_chosen_step=prepared.chosen_step,
-        initialisation_seconds=prepared.seconds,
-        seeds_together=together,
+        method=name or (method if isinstance(method, str) else how.about),
+        seeds_together=len(several),
         settings=_settings(task),
+        recipe=how.recipe,
         **provenance(device),
     )

@@ -4,7 +4,8 @@ Repeat: draw a fresh base model, take a base step with M_φ on a training batch,
 loss on a meta batch at the new θ. Its reward is one step deep, so it favours steep losses: left to run, the slope of
 M_φ grows without bound, and a loss that is best for one step ruins a whole training run (the short-horizon bias). Where
 the base model learns slowly, its outputs never leave the neighbourhood of the uniform distribution, and what M_φ does
-elsewhere is left to chance. Three additions of ours, each with a setting that gives the paper's algorithm back:
+elsewhere is left to chance. Three additions of ours, each with a setting of :class:`~adalfl_lite.learn.Initialiser`
+that gives the paper's algorithm back:
 
 - ``imitation_steps``: before anything else φ is fitted to the task loss, so that M_φ is sensible for every output, also
   those that Algorithm 1 does not visit (0 is Algorithm 1, which begins with a random φ);
@@ -13,342 +14,405 @@ elsewhere is left to chance. Three additions of ours, each with a setting that g
 - ``rehearsals``: at that many geometrically spaced moments φ is frozen and a fresh model trained with it for
   ``rehearsal_steps``; the φ whose model has the lowest validation error is kept (0 rehearsals is Algorithm 1). The
   imitation is rehearsed first, so the loss that is kept beats it on validation data, or is it.
+
+Algorithm 3 is the same with a learning rate in the place of φ. The loop itself is
+:func:`~adalfl_lite.learn.meta_learning.meta_learn`.
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts, check_factories, check_pair, check_used
-from adalfl_lite.engines import ENGINES
-from adalfl_lite.engines.steps import NO_CLIPPING, Batch, plain_step
-from adalfl_lite.engines.updates import Clipping
+from adalfl_lite.checks import check_factories, check_initialised, check_used
+from adalfl_lite.engines.stacked import (
+    Stack,
+    StackedForward,
+    StackedLoss,
+    check_elementwise,
+    check_stackable,
+    keep_freed_memory,
+    meta_step,
+)
+from adalfl_lite.engines.steps import Batch
+from adalfl_lite.learn.imitation import draw_outputs, imitate, imitate_stacked
+from adalfl_lite.learn.learning_rate import LearningRate, OnlineLearningRate
+from adalfl_lite.learn.meta_learning import (
+    Initialisation,
+    Initialiser,
+    MakeModel,
+    MakeOptimizer,
+    Member,
+    Validate,
+    meta_learn,
+    pairs,
+    rehearsal,
+    validations,
+)
 from adalfl_lite.learn.online import OnlineLoss, default_task_loss
 from adalfl_lite.losses.network import LossNetwork
-from adalfl_lite.losses.task import Loss, task_error
-from adalfl_lite.passes import eval_mode
+from adalfl_lite.losses.task import Loss, task_error, task_loss
 
-MakeModel = Callable[[], nn.Module]
-MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
-Validate = Callable[[nn.Module], tuple[float, float]]
+META_LEARNING_RATE = {"loss": 1e-3, "learning rate": 1e-2}
+"""η of Algorithms 1 and 3, where the settings have none."""
 
-ABANDON_FACTOR = 100.0
-"""A rollout ends early when its task loss exceeds this many times that of its first step."""
-
-OUTPUT_SCALE = {"classification": 6.0, "regression": 3.0}
-"""The outputs of :func:`draw_outputs` have standard deviations up to this: logits, or standardised predictions."""
-
-IMITATION_LEARNING_RATE = 0.02
-"""Of the Adam of :func:`imitate`."""
-
-VALIDATION_BATCHES = 20
-"""A rehearsal is scored on at most this many meta batches, drawn once, unless ``validate`` is given."""
-
-
-class Learner(Protocol):
-    """Trains a model and updates what it learns with, such as :class:`~adalfl_lite.learn.online.OnlineLoss`."""
-
-    def step(self, batch: Batch, meta_batch: Batch) -> Any:
-        """One step of both; the result has the ``task_loss`` on the meta batch."""
-
-
-@dataclass(frozen=True)
-class Initialisation:
-    """What :func:`initialise` did; the loss network itself was changed in place."""
-
-    steps: int
-    """Meta steps taken."""
-    chosen_step: int
-    """The step whose φ was kept."""
-    abandoned_rollouts: int
-    """Rollouts that diverged and were drawn afresh."""
-    rehearsals: pd.DataFrame
-    """One row per rehearsal: step, error and task_loss on validation data (infinite where it diverged)."""
+DEFAULT = Initialiser()
 
 
 def initialise(
-    loss_network: LossNetwork,
+    loss_network: nn.Module,
     make_model: MakeModel,
     train: Iterable[Batch],
     valid: Iterable[Batch],
     *,
     make_optimizer: MakeOptimizer,
-    steps: int = 2500,
-    meta_learning_rate: float = 1e-3,
-    imitation_steps: int = 800,
-    rollout_steps: int = 20,
-    rehearsals: int = 8,
-    rehearsal_steps: int = 300,
-    validate: Validate | None = None,
+    settings: Initialiser = DEFAULT,
     task_loss: Loss | None = None,
-    clip_gradient_norm: float | None = None,
-    clip_gradient_value: float | None = None,
-    engine: str = "forward",
+    validate: Validate | None = None,
+    callback: Callable[[int, nn.Module], None] | None = None,
     progress: bool = False,
 ) -> Initialisation:
-    """Meta-learn ``loss_network`` in place before training (Algorithm 1, with the three additions above).
+    """Meta-learn ``loss_network`` in place before training: Algorithm 1, with the three additions above.
 
     Args:
-        loss_network: M_φ.
+        loss_network: M_φ, usually a :class:`~adalfl_lite.losses.LossNetwork`; another module with a ``kind`` where
+            nothing is imitated.
         make_model: draws a fresh base model (from torch's global random state), in train mode, on its device.
         train: batches (inputs, targets) for the base steps; a loader is repeated when it ends.
         valid: meta batches; give the training batches again to use no validation data.
         make_optimizer: parameters -> the base optimizer that will be used for training.
-        steps: S_init, the number of meta steps.
-        meta_learning_rate: η of the Adam that updates φ.
-        imitation_steps: steps of :func:`imitate` before the first meta step; 0 starts from ``loss_network`` as it is.
-        rollout_steps: base steps before model and optimizer are drawn afresh; 1 is the paper's algorithm.
-        rehearsals: how many φ along the way are tried out; 0 keeps the last one, as the paper does.
-        rehearsal_steps: length of a rehearsal; best as long as the training to come, where that can be afforded.
-        validate: model -> (error, task loss) on validation data, to score a rehearsal; refused where there is none.
+        settings: how long, and with which of the additions.
         task_loss: L_T; by default the one of ``loss_network.kind``.
-        clip_gradient_norm, clip_gradient_value: of the base steps, as in the training to come.
-        engine: meta-gradient engine, see :class:`~adalfl_lite.learn.online.OnlineLoss`.
+        validate: model -> (error, task loss) on validation data, to score a rehearsal; refused where there is none.
+        callback: called as (meta steps taken, loss_network), 0 included.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a count is out of range, or a loader is empty.
+        ValueError: a loader is empty, or something above cannot work, with the reason.
         TypeError: a loader gives no pairs, or ``make_model`` or ``make_optimizer`` is no function.
         FloatingPointError: every rehearsal diverged; lower the base learning rate.
     """
-    check_counts(
-        steps=steps,
-        imitation_steps=(imitation_steps, 0),
-        rollout_steps=rollout_steps,
-        rehearsals=(rehearsals, 0),
-        rehearsal_steps=rehearsal_steps,
-    )
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
-    if not rehearsals:
-        check_used("without rehearsals", validate=(validate, None))
-    task_loss = task_loss or default_task_loss(loss_network)
-    clipping = Clipping(clip_gradient_norm, clip_gradient_value)
+    _check_validate(settings, validate)
+    measured = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
-    if validate is None:
-        held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
-        validate = validator(held, task_loss, task_error(loss_network.kind))
-    meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=meta_learning_rate)
-
-    last: nn.Module | None = None
+    score = validations(meta_batches, settings, measured, task_error(loss_network.kind), validate)  # type: ignore[arg-type]
+    if settings.imitation_steps:
+        if not isinstance(loss_network, LossNetwork):
+            name = type(loss_network).__name__
+            raise TypeError(f"{name} cannot imitate the task loss; use settings=Initialiser(imitation_steps=0)")
+        prediction = make_model().train()(next(train_batches)[0])
+        imitate(loss_network, measured, prediction, steps=settings.imitation_steps)
+    eta = META_LEARNING_RATE["loss"] if settings.meta_learning_rate is None else settings.meta_learning_rate
+    meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=eta)
+    fresh = _Fresh(make_model, make_optimizer)
 
     def draw() -> OnlineLoss:
-        nonlocal last
-        model = make_model().train()
-        if model is last:
-            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
-        last = model
+        model, optimizer = fresh()
         return OnlineLoss(
             model,
             loss_network,
-            make_optimizer(model.parameters()),
+            optimizer,
             meta_optimizer=meta_optimizer,
-            task_loss=task_loss,
-            clip_gradient_norm=clip_gradient_norm,
-            clip_gradient_value=clip_gradient_value,
-            engine=engine,
+            task_loss=measured,
+            clip_gradient_norm=settings.clip_gradient_norm,
+            clip_gradient_value=settings.clip_gradient_value,
+            engine=settings.engine,
         )
 
     def rehearse() -> tuple[float, float]:
-        frozen = loss_network.clone().requires_grad_(False)
-        return rehearsal(frozen, make_model, make_optimizer, train_batches, rehearsal_steps, validate, clipping)
+        frozen: Any = _frozen(loss_network)
+        steps, clipping = settings.rehearsal_steps, settings.clipping
+        return rehearsal(frozen, make_model, make_optimizer, train_batches, steps, score, clipping)
 
-    if imitation_steps:
-        imitate(loss_network, task_loss, make_model().train()(next(train_batches)[0]), steps=imitation_steps)
-    return meta_learn(
-        loss_network,
-        draw,
-        rehearse,
-        train_batches,
-        meta_batches,
-        steps=steps,
-        rollout_steps=rollout_steps,
-        rehearsals=rehearsals,
-        rehearse_first=imitation_steps > 0,
-        progress=progress,
+    subject = _One(Member(settings.rollout_steps), loss_network, draw, rehearse, train_batches, meta_batches)
+    look = None if callback is None else (lambda step: callback(step, loss_network))
+    (outcome,) = meta_learn(
+        subject, settings, rehearse_first=settings.imitation_steps > 0, callback=look, progress=progress
     )
+    return outcome
 
 
-def meta_learn(
-    learned: nn.Module,
-    draw: Callable[[], Learner],
-    rehearse: Callable[[], tuple[float, float]],
-    train_batches: Iterator[Batch],
-    meta_batches: Iterator[Batch],
+def initialise_learning_rate(
+    learning_rate: LearningRate,
+    make_model: MakeModel,
+    train: Iterable[Batch],
+    valid: Iterable[Batch],
     *,
-    steps: int,
-    rollout_steps: int,
-    rehearsals: int,
-    rehearse_first: bool,
+    make_optimizer: MakeOptimizer,
+    kind: str,
+    settings: Initialiser = DEFAULT,
+    validate: Validate | None = None,
     progress: bool = False,
 ) -> Initialisation:
-    """Rollouts and rehearsals of anything that is meta-learned, a loss or a learning rate.
+    """Algorithm 3: meta-learn ``learning_rate`` in place before training, with the task loss of ``kind``.
 
-    Args:
-        learned: the module whose parameters the learners update; it ends as the best one that was rehearsed.
-        draw: a fresh learner, with a fresh base model.
-        rehearse: (error, task loss) on validation data of a training with ``learned`` as it is.
-        train_batches, meta_batches: endless.
-        steps, rollout_steps, rehearsals, progress: see :func:`initialise`.
-        rehearse_first: rehearse before the first meta step too.
-
-    Raises:
-        FloatingPointError: every rehearsal diverged.
+    It is :func:`initialise` with α in the place of φ: the same rollouts and rehearsals and so the same budget, and the
+    rate to start from rehearsed first, as the imitation of the task loss is there; nothing is imitated.
+    ``Initialiser.published()`` is the paper's algorithm. The other arguments are those of :func:`initialise`.
     """
-    moments = set(rehearsal_moments(steps, rehearsals))
-    records: list[dict] = []
-    best_key, best_step, best_state = (math.inf, math.inf), steps, None
-    abandoned = 0
+    check_factories(make_model=make_model, make_optimizer=make_optimizer)
+    _check_validate(settings, validate)
+    loss = task_loss(kind)
+    train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
+    score = validations(meta_batches, settings, loss, task_error(kind), validate)
+    eta = META_LEARNING_RATE["learning rate"] if settings.meta_learning_rate is None else settings.meta_learning_rate
+    meta_optimizer = torch.optim.Adam(learning_rate.parameters(), lr=eta)
+    fresh = _Fresh(make_model, make_optimizer)
 
-    def record(step: int) -> None:
-        nonlocal best_key, best_step, best_state
-        error, loss = rehearse()
-        records.append({"step": step, "error": error, "task_loss": loss})
-        if (error, loss) < best_key:
-            best_key, best_step = (error, loss), step
-            best_state = {name: tensor.clone() for name, tensor in learned.state_dict().items()}
-
-    if rehearse_first and rehearsals:
-        record(0)
-    learner, first_loss = draw(), math.inf
-    remaining = rollout_steps
-    for step in tqdm(range(1, steps + 1), desc="initialise", disable=not progress, leave=None):
-        if remaining == 0:
-            learner, remaining, first_loss = draw(), rollout_steps, math.inf
-        remaining -= 1
-        try:
-            current = learner.step(next(train_batches), next(meta_batches)).meta_loss.item()
-        except FloatingPointError:
-            current = math.inf
-        first_loss = min(first_loss, current) if first_loss == math.inf else first_loss
-        if not current < ABANDON_FACTOR * first_loss:
-            abandoned, remaining = abandoned + 1, 0
-        if step in moments:
-            record(step)
-    if records and best_state is None:
-        raise FloatingPointError(
-            f"all {len(records)} rehearsals diverged; lower the base learning rate, or rehearse more often"
+    def draw() -> OnlineLearningRate:
+        model, optimizer = fresh()
+        return OnlineLearningRate(
+            model,
+            loss,
+            optimizer,
+            learning_rate=learning_rate,
+            meta_optimizer=meta_optimizer,
+            clip_gradient_norm=settings.clip_gradient_norm,
+            clip_gradient_value=settings.clip_gradient_value,
         )
-    if best_state is not None:
-        learned.load_state_dict(best_state)
-    return Initialisation(steps, best_step, abandoned, pd.DataFrame(records, columns=["step", "error", "task_loss"]))
+
+    def rehearse() -> tuple[float, float]:
+        def rated(parameters: Iterable[Tensor]) -> Optimizer:
+            return learning_rate.give_to(make_optimizer(parameters))
+
+        return rehearsal(loss, make_model, rated, train_batches, settings.rehearsal_steps, score, settings.clipping)
+
+    subject = _One(Member(settings.rollout_steps), learning_rate, draw, rehearse, train_batches, meta_batches)
+    (outcome,) = meta_learn(subject, settings, rehearse_first=True, progress=progress)
+    return outcome
 
 
-def imitate(
-    loss_network: LossNetwork,
-    task_loss: Loss,
-    prediction: Tensor,
+def initialise_seeds(
+    make_loss_network: Callable[[], LossNetwork],
+    make_model: MakeModel,
+    train: Sequence[Iterable[Batch]],
+    valid: Sequence[Iterable[Batch]],
     *,
-    steps: int = 800,
-    learning_rate: float = IMITATION_LEARNING_RATE,
-) -> float:
-    """Fit φ so that M_φ pushes the outputs as the task loss does: min_φ E ‖∂M_φ/∂f − ∂L_T/∂f‖² / E ‖∂L_T/∂f‖².
+    make_optimizer: MakeOptimizer,
+    seeds: Sequence[int],
+    settings: Initialiser = DEFAULT,
+    validate: Sequence[Validate] | None = None,
+    progress: bool = False,
+) -> tuple[list[LossNetwork], list[Initialisation]]:
+    """Algorithm 1 for S seeds, all in step: on the CPU, for each seed what these three lines do ::
 
-    The outputs are drawn at random, from hesitant to certain, so this needs neither data nor a model.
+        torch.manual_seed(seed)
+        loss_network = make_loss_network()
+        initialise(loss_network, make_model, train, valid, ...)
 
     Args:
-        loss_network: M_φ, changed in place.
-        task_loss: L_T.
-        prediction: an output of the base model, (B, C) or (B, K); only its shape, dtype and device are used.
-        steps: steps of Adam.
-        learning_rate: of Adam, annealed to zero along a cosine.
+        make_loss_network, make_model: draw from torch's global random state, of which every seed has its own.
+        train, valid: S streams each, of batches of one size.
+        make_optimizer: parameters -> the base optimizer: SGD, Adam or AdamW.
+        seeds: S seeds of what is drawn at random: loss networks, models, and the outputs of the imitation.
+        settings: of all; without clipping.
+        validate: S functions model -> (error, task loss), to score the rehearsals.
+        progress: show a progress bar.
 
     Returns:
-        The relative squared error at the last step.
+        The S loss networks, and what was done to each.
+
+    Raises:
+        ValueError, TypeError: the parts do not fit together, or cannot be stacked, with the reason.
+        FloatingPointError: every rehearsal of a seed diverged, or one rollout did where the base optimizer counts steps
+            (Adam), so that a single seed cannot start over; use ``initialise``.
     """
-    optimizer = torch.optim.Adam(loss_network.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    error = torch.tensor(math.inf)
-    for _ in range(steps):
-        output, target = draw_outputs(loss_network.kind, prediction)
-        output.requires_grad_(True)
-        (wanted,) = torch.autograd.grad(task_loss(output, target), output)
-        (given,) = torch.autograd.grad(loss_network(output, target), output, create_graph=True)
-        error = (given - wanted).square().sum() / wanted.square().sum()
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        schedule.step()
-    return error.item()
+    check_factories(make_loss_network=make_loss_network, make_model=make_model, make_optimizer=make_optimizer)
+    _check_validate(settings, validate)
+    for name in ("clip_gradient_norm", "clip_gradient_value"):
+        if (bound := getattr(settings, name)) is not None:
+            raise ValueError(f"{name}={bound} is not for a stack; leave it out, or use initialise")
+    counts = {"seeds": len(seeds), "train": len(train), "valid": len(valid)}
+    counts |= {} if validate is None else {"validate": len(validate)}
+    if not len(seeds) or len(set(counts.values())) != 1:
+        raise ValueError(f"give as many of each, at least one: got {', '.join(f'{n} {k}' for k, n in counts.items())}")
+    keep_freed_memory()
+    members = [Member(settings.rollout_steps, seed) for seed in seeds]
+    networks = [member.draw(make_loss_network) for member in members]
+    train_batches, meta_batches = [pairs(b, "train") for b in train], [pairs(b, "valid") for b in valid]
+    loss, error = task_loss(networks[0].kind), task_error(networks[0].kind)
+    given: Sequence[Validate | None] = [None] * len(seeds) if validate is None else validate
+    scores = [validations(b, settings, loss, error, one) for b, one in zip(meta_batches, given, strict=True)]
+    subject = _Many(members, networks, make_model, make_optimizer, train_batches, meta_batches, scores, settings)
+    outcomes = meta_learn(subject, settings, rehearse_first=settings.imitation_steps > 0, progress=progress)
+    subject.loss.write_back()
+    return networks, outcomes
 
 
-def draw_outputs(kind: str, prediction: Tensor) -> Batch:
-    """Random outputs, from hesitant to certain, of the shape, dtype and device of ``prediction``; and their targets."""
-    like: dict[str, Any] = {"dtype": prediction.dtype, "device": prediction.device}
-    output = OUTPUT_SCALE[kind] * torch.rand(len(prediction), 1, **like) * torch.randn(prediction.shape, **like)
-    if kind == "classification":
-        return output, torch.randint(prediction.shape[1], (len(prediction),), device=prediction.device)
-    return output, torch.randn(prediction.shape, **like)
+def _check_validate(settings: Initialiser, validate: object) -> None:
+    if not settings.rehearsals:
+        check_used("without rehearsals", validate=(validate, None))
 
 
-def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]:
-    """Repeat a loader for ever, so that no epoch's end cuts a loop short; ``ValueError`` naming it if it is empty."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError(f"the {name} batches are empty or used up; pass a loader that can be iterated again")
+def _frozen(loss_network: nn.Module) -> nn.Module:
+    """A copy that is not learned."""
+    return copy.deepcopy(loss_network).requires_grad_(False)
 
 
-def pairs(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """:func:`endless`, of (inputs, targets) alone; ``TypeError`` with a remedy at anything else."""
-    remedy = (
-        "; the batches must be a loader of pairs, and of two tensors"
-        " DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True) makes one"
-    )
-    for batch in endless(batches, name):
-        check_pair(batch, f"a {name} batch", remedy)
-        if any(isinstance(part, tuple | list) for part in batch):
-            raise TypeError(
-                f"a {name} batch is a list of micro batches, which are for step() alone; use smaller batches"
-            )
-        yield batch
+@dataclass
+class _Fresh:
+    """A base model in train mode and its optimizer; another model at every call."""
+
+    make_model: MakeModel
+    make_optimizer: MakeOptimizer
+    last: nn.Module | None = None
+
+    def __call__(self) -> tuple[nn.Module, Optimizer]:
+        model = self.make_model().train()
+        if model is self.last:
+            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        self.last = model
+        return model, self.make_optimizer(model.parameters())
 
 
-def rehearsal_moments(last: int, count: int) -> list[int]:
-    """``count`` steps growing by √2, ending at ``last``; duplicates and zeros are dropped."""
-    return sorted({step for k in range(count) if (step := round(last * 2 ** (-k / 2))) >= 1})
+class _One:
+    """A :class:`~adalfl_lite.learn.meta_learning.Subject` of one: a loss network, or a learning rate."""
+
+    def __init__(
+        self,
+        member: Member,
+        learned: nn.Module,
+        draw: Callable[[], OnlineLoss | OnlineLearningRate],
+        rehearse: Callable[[], tuple[float, float]],
+        train_batches: Iterator[Batch],
+        meta_batches: Iterator[Batch],
+    ):
+        self.members, self.learned, self.draw, self.rehearse_once = [member], learned, draw, rehearse
+        self.train_batches, self.meta_batches = train_batches, meta_batches
+
+    def begin(self) -> None:
+        """A fresh learner, with a fresh base model."""
+        self.learner = self.draw()
+
+    def restart(self, i: int, step: int) -> None:
+        """The same."""
+        self.begin()
+
+    def step(self) -> list[float]:
+        """A step of the learner, which leaves everything as it was if it is not finite."""
+        try:
+            result = self.learner.step(next(self.train_batches), next(self.meta_batches))
+        except FloatingPointError:
+            return [math.inf]
+        return [result.meta_loss.item()]
+
+    def rehearse(self) -> list[tuple[float, float]]:
+        """(error, task loss) of a training with what is learned as it is."""
+        return [self.rehearse_once()]
+
+    def state(self, i: int) -> dict[str, Tensor]:
+        """A copy of what is learned."""
+        return {name: tensor.clone() for name, tensor in self.learned.state_dict().items()}
+
+    def restore(self, i: int, state: dict[str, Tensor]) -> None:
+        """Put a copy back."""
+        self.learned.load_state_dict(state)
 
 
-def rehearsal(
-    loss: Loss,
-    make_model: MakeModel,
-    make_optimizer: MakeOptimizer,
-    batches: Iterator[Batch],
-    steps: int,
-    validate: Validate,
-    clipping: Clipping = NO_CLIPPING,
-) -> tuple[float, float]:
-    """(error, task loss) on validation data of a fresh model trained with a fixed loss; infinite if it diverged."""
-    model = make_model().train()
-    optimizer = make_optimizer(model.parameters())
-    for _ in range(steps):
-        plain_step(model, loss, optimizer, next(batches), clipping=clipping)
-    error, value = validate(model)
-    return (error, value) if math.isfinite(error) and math.isfinite(value) else (math.inf, math.inf)
+class _Many:
+    """A :class:`~adalfl_lite.learn.meta_learning.Subject` of S loss networks over stacked tensors."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        networks: list[LossNetwork],
+        make_model: MakeModel,
+        make_optimizer: MakeOptimizer,
+        train_batches: Sequence[Iterator[Batch]],
+        meta_batches: Sequence[Iterator[Batch]],
+        scores: Sequence[Validate],
+        settings: Initialiser,
+    ):
+        self.members, self.networks, self.kind = members, networks, networks[0].kind
+        self.make_model, self.make_optimizer = make_model, make_optimizer
+        self.train_batches, self.meta_batches = train_batches, meta_batches
+        self.scores, self.rehearsal_steps = scores, settings.rehearsal_steps
+        if settings.imitation_steps:
+            prediction = [m.draw(make_model) for m in members][0](_stacked(train_batches)[0][0])
+        self.loss = StackedLoss(networks)
+        if settings.imitation_steps:
+
+            def outputs() -> Batch:
+                drawn = [member.draw(draw_outputs, self.kind, prediction) for member in members]
+                return _joined(drawn)
+
+            imitate_stacked(self.loss, self.kind, outputs, steps=settings.imitation_steps)
+        eta = META_LEARNING_RATE["loss"] if settings.meta_learning_rate is None else settings.meta_learning_rate
+        self.meta_optimizer = torch.optim.Adam(self.loss.parameters, lr=eta)
+
+    def _fresh(self) -> tuple[Stack, Optimizer]:
+        """Fresh base models of all members, stacked, and their optimizer."""
+        models = [member.draw(self.make_model).train() for member in self.members]
+        if len({id(model) for model in models}) < len(models):
+            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        for model in models:
+            check_initialised(model)
+        check_stackable(models, self.networks)
+        stack = Stack(models)
+        optimizer = self.make_optimizer(stack.parameters)
+        check_elementwise(optimizer)
+        return stack, optimizer
+
+    def begin(self) -> None:
+        """Fresh base models of all members."""
+        self.stack, self.optimizer = self._fresh()
+        self.engine = StackedForward(self.stack, self.loss, self.optimizer, self.kind)
+
+    def restart(self, i: int, step: int) -> None:
+        """A fresh base model in the place of one."""
+        member = self.members[i]
+        self.stack.replace(i, member.draw(self.make_model).train())
+        _forget(self.optimizer, i, member.seed, step)
+
+    def step(self) -> list[float]:
+        """A step of the stack, and of every φ whose meta-gradient is finite."""
+        result = self.engine(_stacked(self.train_batches), _stacked(self.meta_batches))
+        meta_step(self.meta_optimizer, result)
+        return torch.where(result.finite(), torch.as_tensor(result.meta_loss), math.inf).tolist()
+
+    def rehearse(self) -> list[tuple[float, float]]:
+        """(error, task loss) of a training with every φ as it is."""
+        stack, optimizer = self._fresh()
+        engine = StackedForward(stack, self.loss, optimizer, self.kind)
+        for _ in range(self.rehearsal_steps):
+            engine(_stacked(self.train_batches))
+        stack.write_back()
+        return [score(model) for score, model in zip(self.scores, stack.models, strict=True)]
+
+    def state(self, i: int) -> list[Tensor]:
+        """A copy of one φ."""
+        return [parameter[i].clone() for parameter in self.loss.parameters]
+
+    def restore(self, i: int, state: list[Tensor]) -> None:
+        """Put a copy back."""
+        for parameter, best in zip(self.loss.parameters, state, strict=True):
+            parameter[i] = best
 
 
-def validator(batches: list[Batch], task_loss: Loss, task_error: Loss) -> Validate:
-    """A function of a model: its mean (error, task loss) over ``batches``, in eval mode."""
+def _stacked(streams: Sequence[Iterator[Batch]]) -> Batch:
+    return _joined([next(stream) for stream in streams])
 
-    @torch.no_grad()
-    def validate(model: nn.Module) -> tuple[float, float]:
-        with eval_mode(model):
-            pairs = [(model(inputs), targets) for inputs, targets in batches]
-        means = [sum(measure(*pair).item() for pair in pairs) / len(pairs) for measure in (task_error, task_loss)]
-        return means[0], means[1]
 
-    return validate
+def _joined(batches: Sequence[Batch]) -> Batch:
+    inputs, targets = zip(*batches, strict=True)
+    return torch.stack(inputs), torch.stack(targets)
+
+
+def _forget(optimizer: Optimizer, i: int, seed: int | None, step: int) -> None:
+    """Let the optimizer of a stack forget the i-th seed, whose rollout starts over before those of the others."""
+    if type(optimizer) is not torch.optim.SGD or any(group["dampening"] for group in optimizer.param_groups):
+        raise FloatingPointError(
+            f"the rollout of seed {seed} diverged before step {step}, and {type(optimizer).__name__} cannot start over"
+            " for one seed of a stack; lower the learning rate, or use initialise"
+        )
+    for state in optimizer.state.values():
+        if (buffer := state.get("momentum_buffer")) is not None:
+            buffer[i] = 0

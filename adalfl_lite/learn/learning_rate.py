@@ -12,8 +12,7 @@ relative change per meta step independent of its size; the paper learns α itsel
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adalfl_lite.checks import check_batch, check_counts, check_factories, check_finite, check_trainable, check_used
+from adalfl_lite.checks import check_batch, check_finite, check_trainable
 from adalfl_lite.engines.recorded import meta_pass
 from adalfl_lite.engines.steps import (
     CHANGED,
@@ -42,19 +41,8 @@ from adalfl_lite.engines.steps import (
 )
 from adalfl_lite.engines.updates import Clipping, check_no_gradient, check_no_hooks, check_own_step
 from adalfl_lite.learn.base import Learner, check_same_device, describe_training, state_of_loss
-from adalfl_lite.learn.initialisation import (
-    VALIDATION_BATCHES,
-    Initialisation,
-    MakeModel,
-    MakeOptimizer,
-    Validate,
-    meta_learn,
-    pairs,
-    rehearsal,
-    validator,
-)
 from adalfl_lite.learn.online import check_meta_rate, describe_meta_optimizer
-from adalfl_lite.losses.task import Loss, task_error, task_loss
+from adalfl_lite.losses.task import Loss
 from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
 
 PROPORTIONAL = (
@@ -70,7 +58,6 @@ PROPORTIONAL = (
 )
 """Optimizers whose step is proportional to their learning rate, weight decay included."""
 
-INITIAL_META_LEARNING_RATE = 1e-2
 RATE_META_LEARNING_RATE = 1e-3
 """η of Algorithm 4, about the relative change of α in a step."""
 
@@ -304,64 +291,6 @@ def _check_holds(meta_optimizer: Optimizer | None, learning_rate: LearningRate |
             "meta_optimizer does not hold the learning rate alone; with rate = LearningRate.of(optimizer), give"
             " learning_rate=rate and meta_optimizer=torch.optim.Adam(rate.parameters())"
         )
-
-
-def initialise_learning_rate(
-    learning_rate: LearningRate,
-    make_model: MakeModel,
-    train: Iterable[Batch],
-    valid: Iterable[Batch],
-    *,
-    make_optimizer: MakeOptimizer,
-    kind: str,
-    steps: int = 2500,
-    meta_learning_rate: float = INITIAL_META_LEARNING_RATE,
-    rollout_steps: int = 20,
-    rehearsals: int = 8,
-    rehearsal_steps: int = 300,
-    validate: Validate | None = None,
-    progress: bool = False,
-) -> Initialisation:
-    """Algorithm 3: meta-learn ``learning_rate`` in place before training, with the task loss of ``kind``.
-
-    It is :func:`~adalfl_lite.learn.initialisation.initialise` with α in the place of φ: the same rollouts and
-    rehearsals and so the same budget, and the rate to start from rehearsed first, as the imitation of the task loss is
-    there. ``rollout_steps=1, rehearsals=0`` is the paper's algorithm. The arguments are those of ``initialise``.
-    """
-    check_counts(steps=steps, rollout_steps=rollout_steps, rehearsals=(rehearsals, 0), rehearsal_steps=rehearsal_steps)
-    check_factories(make_model=make_model, make_optimizer=make_optimizer)
-    if not rehearsals:
-        check_used("without rehearsals", validate=(validate, None))
-    loss = task_loss(kind)
-    train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
-    if validate is None:
-        held = list(itertools.islice(meta_batches, VALIDATION_BATCHES if rehearsals else 0))
-        validate = validator(held, loss, task_error(kind))
-    meta_optimizer = torch.optim.Adam(learning_rate.parameters(), lr=meta_learning_rate)
-
-    def draw() -> OnlineLearningRate:
-        model = make_model().train()
-        optimizer = make_optimizer(model.parameters())
-        return OnlineLearningRate(model, loss, optimizer, learning_rate=learning_rate, meta_optimizer=meta_optimizer)
-
-    def rehearse() -> tuple[float, float]:
-        def rated(parameters: Iterable[Tensor]) -> Optimizer:
-            return learning_rate.give_to(make_optimizer(parameters))
-
-        return rehearsal(loss, make_model, rated, train_batches, rehearsal_steps, validate)
-
-    return meta_learn(
-        learning_rate,
-        draw,
-        rehearse,
-        train_batches,
-        meta_batches,
-        steps=steps,
-        rollout_steps=rollout_steps,
-        rehearsals=rehearsals,
-        rehearse_first=True,
-        progress=progress,
-    )
 
 
 def implied_scale(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -> float:
