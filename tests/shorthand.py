@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from functools import partial
 
-from adalfl_lite import OnlineLearningRate, OnlineLoss, Plain, Stacked
+from adalfl_lite import Initialiser, OnlineLearningRate, OnlineLoss, Plain, Stacked, learn
 from adalfl_lite import fit as fit_learner
+from adalfl_lite.compare.methods import Method
+from adalfl_lite.compare.recipes import Learned, LearnedRate, SymbolicSearch, TaylorSearch
 from adalfl_lite.engines.base import Problem
 from adalfl_lite.engines.finite_difference import FiniteDifference
 from adalfl_lite.engines.forward import Forward
@@ -68,3 +71,43 @@ def forward_mode_step(model, network, optimizer, batch, meta_batch, loss, *, fin
 def unrolled_step(model, network, optimizer, batches, meta_batch, loss, **settings):
     """One step or several of the engine "unrolled"."""
     return Unrolled(Problem(model, network, optimizer, loss, **settings)).unroll(batches, meta_batch)
+
+
+OF_INITIALISER = [field.name for field in fields(Initialiser)]
+
+
+def initialise(*arguments, **options):
+    """``initialise`` with the settings of Algorithm 1 among its options."""
+    return _with_settings(learn.initialise, arguments, options)
+
+
+def initialise_learning_rate(*arguments, **options):
+    """``initialise_learning_rate`` likewise."""
+    return _with_settings(learn.initialise_learning_rate, arguments, options)
+
+
+def initialise_seeds(*arguments, **options):
+    """``initialise_seeds`` likewise."""
+    return _with_settings(learn.initialise_seeds, arguments, options)
+
+
+def _with_settings(function, arguments, options):
+    settings = {name: options.pop(name) for name in OF_INITIALISER if name in options}
+    return function(*arguments, settings=Initialiser(**settings), **options)
+
+
+def short(method: Method, *, steps=40, rehearsal_steps=15, imitation_steps=20, searched=None, scored_steps=10, local=5):
+    """The same method with short searches (generations, population), initialisations and rehearsals."""
+    loss, rate, searched = method.loss, method.rate, searched or (2, 4)
+    few = {"steps": steps, "rehearsal_steps": rehearsal_steps}
+    if isinstance(loss, Learned):
+        loss = replace(loss, settings=loss.settings.with_(**few))
+        if loss.settings.imitation_steps:
+            loss = replace(loss, settings=loss.settings.with_(imitation_steps=imitation_steps))
+    elif isinstance(loss, TaylorSearch | SymbolicSearch):
+        loss = replace(loss, generations=searched[0], population=searched[1], scored_steps=scored_steps)
+        if isinstance(loss, SymbolicSearch):
+            loss = replace(loss, local=loss.local.with_(steps=local))
+    if isinstance(rate, LearnedRate):
+        rate = replace(rate, settings=rate.settings.with_(**few))
+    return replace(method, loss=loss, rate=rate)

@@ -65,8 +65,8 @@ def compare(
     Returns:
         The rows of :func:`~adalfl_lite.train.loop.fit` with columns task, method, seed, initialisation_steps,
         initialisation_chosen_step, initialisation_seconds, seeds_together (how many shared the program), settings (of
-        the task, as JSON), recipe (of the method, as text) and what :func:`provenance` gives. A run that diverged is one row at its last step with
-        infinite errors.
+        the task, as JSON), recipe (of the method, as text) and what :func:`provenance` gives. A run that diverged is
+        one row at its last step with infinite errors.
 
     Raises:
         ValueError: an unknown task or method, a method that is not for a task's kind, something twice, or nothing to

@@ -221,7 +221,8 @@ def prepare(
         progress: show a progress bar.
     """
     how = get_method(method) if isinstance(method, str) else method
-    task = task.with_(steps=how.steps(task))
+    if how.compute_of is not None:
+        task = task.with_(steps=how.steps(task))
     shared = {seed: {} for seed in seeds} if shared is None else shared
     given = zip(datasets, seeds, strict=True)
     jobs = [Job(task, data, seed, how.meta_batches, device, progress) for data, seed in given]
@@ -315,7 +316,9 @@ def train(
         checkpoint=checkpoint,
         progress=progress,
     )
-    return history.assign(seconds=history.seconds / len(seeds)) if together else history.assign(seed=seeds[0])
+    if not together:
+        return history.assign(seed=seeds[0])
+    return history.drop(columns="seed").assign(seconds=history.seconds / len(seeds), seed=history.seed)
 
 
 def _learner(how: Method, prepared: Prepared, seed: int, device: str) -> Learner:

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,6 +24,7 @@ from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.symbolic import SymbolicLoss
 from adalfl_lite.losses.taylor import TaylorLoss
 from adalfl_lite.train.evaluation import evaluate
+from tests.shorthand import short
 
 COMMANDS = ["tasks", "methods", "train", "compare", "plot", "table"]
 WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"}
@@ -35,10 +35,8 @@ def short_initialisations():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "INITIALISATION_STEPS", 30)
-        patch.setattr(methods, "MAX_REHEARSAL_STEPS", 10)
-        short = {name: replace(how, imitation_steps=min(how.imitation_steps, 10)) for name, how in METHODS.items()}
-        patch.setattr(methods, "METHODS", short)
+        few = {"steps": 30, "rehearsal_steps": 10, "imitation_steps": 10}
+        patch.setattr(methods, "METHODS", {name: short(how, **few) for name, how in METHODS.items()})
         yield
     torch.set_num_threads(threads)
 
@@ -150,9 +148,8 @@ def test_train_keeps_the_model_that_was_evaluated_last(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["taylorglo", "evomal"])
 def test_train_keeps_the_loss_that_a_search_found(tmp_path, monkeypatch, method):
-    budget = {"taylorglo": {"generations": 1, "population": 4}, "evomal": {"generations": 1, "population": 16}}
-    monkeypatch.setattr(methods, "SEARCH_BUDGET", budget)
-    monkeypatch.setattr(methods, "LOCAL_STEPS", 2)
+    few = {"taylorglo": (1, 4), "evomal": (1, 16)}[method]
+    monkeypatch.setitem(methods.METHODS, method, short(METHODS[method], searched=few, local=2))
     text = succeeds("train", "iris", "--method", method, "--steps", 4, "--out", tmp_path)
     stem = f"iris--{method}--seed0"
     assert files(tmp_path) == [f"{stem}{end}" for end in (".loss.pt", ".model.pt", ".parquet", ".png")]

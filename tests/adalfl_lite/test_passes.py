@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import adalfl_lite
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate, initialise, initialise_seeds
+from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, evaluate
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.learn.online import ENGINES
 from adalfl_lite.passes import Attributes, Undo, replaced, slots_of, unmarked
-from tests.shorthand import fit, fit_seeds
+from tests.shorthand import fit, fit_seeds, initialise, initialise_seeds
 
 
 class Shared(nn.Module):
@@ -368,7 +368,16 @@ USES = {
     "initialise": use_initialise,
     "initialise_seeds": use_initialise_seeds,
 }
-WITHOUT_MODEL = {"Initialisation", "Learner", "LossNetwork", "MetaStep", "build_model", "endless", "load_dataset"}
+WITHOUT_MODEL = {
+    "Initialisation",
+    "Initialiser",
+    "Learner",
+    "LossNetwork",
+    "MetaStep",
+    "build_model",
+    "endless",
+    "load_dataset",
+}
 
 
 def test_every_public_name_is_used_on_shared_modules_or_takes_no_model():

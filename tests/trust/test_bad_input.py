@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import analysis
-from adalfl_lite import LossNetwork, OnlineLoss, build_model, evaluate, initialise, load_dataset
+from adalfl_lite import LossNetwork, OnlineLoss, build_model, evaluate, load_dataset
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
 from adalfl_lite.compare.tasks import get_task
@@ -22,7 +22,7 @@ from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.losses.activations import SmoothLeakyReLU
 from adalfl_lite.losses.task import check_kind, task_loss
-from tests.shorthand import fit, unrolled_step
+from tests.shorthand import fit, initialise, unrolled_step
 
 NAN, INF = float("nan"), float("inf")
 

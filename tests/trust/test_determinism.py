@@ -48,10 +48,9 @@ def test_workers_that_draw_random_numbers_repeat_them():
 def test_another_process_finds_the_same_bits():
     code = (
         "from adalfl_lite.compare.grid import run; from adalfl_lite.compare.tasks import get_task;"
-        "from adalfl_lite import methods;"
-        "methods.INITIALISATION_STEPS, methods.MAX_REHEARSAL_STEPS = 20, 10;"
+        "from adalfl_lite.compare.methods import METHODS; from tests.shorthand import short;"
         "import torch; torch.set_num_threads(1);"
-        "result = run(get_task('iris').with_(steps=40), 'online', seed=3);"
+        "result = run(get_task('iris').with_(steps=40), short(METHODS['online']), 3);"
         "print(*(float(v).hex() for v in result.drop(columns=['seconds', 'initialisation_seconds'])"
         ".select_dtypes('number').to_numpy().ravel()))"
     )

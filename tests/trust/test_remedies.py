@@ -28,27 +28,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import adalfl_lite
-from adalfl_lite import (
-    LossNetwork,
-    OnlineLearningRate,
-    OnlineLoss,
-    Plain,
-    Stacked,
-    evaluate,
-    initialise_seeds,
-    load_dataset,
-)
+from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss, Plain, Stacked, evaluate, load_dataset
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
-from adalfl_lite.compare.methods import MAIN_METHODS, check_applies, tune_learning_rate
+from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies
+from adalfl_lite.compare.recipes import Job, TaskLoss, Tuned
 from adalfl_lite.compare.tasks import TASKS, get_task
 from adalfl_lite.data.corruption import with_imbalance, with_label_noise
-from adalfl_lite.learn.initialisation import rehearsal
 from adalfl_lite.learn.learning_rate import LearningRate, replay
+from adalfl_lite.learn.meta_learning import rehearsal
 from adalfl_lite.losses.symbolic import SymbolicLoss, points_downhill, search_symbolic
 from adalfl_lite.losses.task import task_loss
 from adalfl_lite.losses.taylor import search_taylor
-from tests.shorthand import fit_seeds
+from tests.shorthand import fit_seeds, initialise_seeds
 from tests.trust.reference import Problem, judge, plain_step, prepare, reference, started, tokens, weights
 from tests.trust.test_any_model import ALL, FOLLOWED, Layers, Reverse, Words, between, embedded, hidden, mlp, stale
 
@@ -218,7 +210,7 @@ class Tools(Given):
     def tuned(self, lr):
         """iris, its learning rate tuned."""
         task = get_task("diabetes").with_(steps=20, learning_rate=lr)
-        return tune_learning_rate(task, task.load(), 0, F.mse_loss).learning_rate < 10
+        return Tuned().tune(Job(task, task.load(), 0), F.mse_loss).learning_rate < 10
 
 
 class Tokens(nn.Module):
@@ -537,8 +529,9 @@ def steep(given, lr=0.3, initialised=False):
     batch = given.x, given.x @ torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     if initialised:
         make = partial(torch.optim.SGD, lr=lr)
+        settings = Initialiser(steps=2, rehearsals=0)
         adalfl_lite.initialise(
-            network, lambda: nn.Linear(4, 3), [batch], [batch], make_optimizer=make, steps=2, rehearsals=0
+            network, lambda: nn.Linear(4, 3), [batch], [batch], make_optimizer=make, settings=settings
         )
     model = nn.Sequential(nn.Linear(4, 20), nn.Linear(20, 3))
     online = OnlineLoss(model, network, torch.optim.SGD(model.parameters(), lr=lr))
@@ -759,6 +752,16 @@ INITIALISING = [
         lambda g: g.initialise_seeds(**{**WILD, "lr": 0.01})),
     row("seeds: late rehearsals that diverge", lambda g: g.initialise_seeds(rehearsals=1, **STEEP), "or rehearse more often",
         lambda g: g.initialise_seeds(rehearsals=13, **STEEP)),
+    row("seeds: clipped", lambda g: g.initialise_seeds(clip_gradient_norm=1.0), "is not for a stack; leave it out, or use initialise",
+        lambda g: g.initialise_seeds(), lambda g: g.initialise_alone(clip_gradient_norm=1.0)),
+    row("a loss that cannot imitate", lambda g: adalfl_lite.initialise(SymbolicLoss("classification", ["absolute", "subtract", "y", "p"]),
+            lambda: nn.Linear(4, 3), [g.batch], [g.meta_batch], make_optimizer=partial(torch.optim.SGD, lr=0.1)),
+        r"use settings=Initialiser\(imitation_steps=0\)",
+        lambda g: adalfl_lite.initialise(SymbolicLoss("classification", ["absolute", "subtract", "y", "p"]), lambda: nn.Linear(4, 3),
+            [g.batch], [g.meta_batch], make_optimizer=partial(torch.optim.SGD, lr=0.1),
+            settings=Initialiser(imitation_steps=0, steps=2, rehearsals=1, rehearsal_steps=2))),
+    row("the compute of a method that learns nothing", lambda g: Method(TaskLoss(), "x", compute_of="focal").steps(get_task("iris")),
+        "name one that does", lambda g: Method(TaskLoss(), "x", compute_of="online").steps(get_task("iris")) > 500),
     row("seeds: a rollout of Adam that diverges", lambda g: g.initialise_seeds(lr=30, **LONG), "lower the learning rate, or use initialise",
         lambda g: g.initialise_seeds(lr=0.01, **LONG), lambda g: g.initialise_alone(lr=30, **LONG)),
     row("seeds: a rate far too large", lambda g: g.fit_seeds(losses=None, make_optimizer=partial(torch.optim.SGD, lr=3e38)),

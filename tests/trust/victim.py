@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,10 +16,11 @@ from torch import nn
 
 from adalfl_lite import LossNetwork
 from adalfl_lite.compare import grid as experiments
-from adalfl_lite.compare import methods
+from adalfl_lite.compare.methods import METHODS
+from adalfl_lite.compare.results import write_results
 from adalfl_lite.compare.tasks import get_task
 from adalfl_lite.data.dataset import Dataset, Split
-from tests.shorthand import fit, fit_seeds
+from tests.shorthand import fit, fit_seeds, short
 
 NO_SPACE = 28
 
@@ -92,12 +92,11 @@ def seeds(folder):
 
 def sweep(folder):
     """Two tasks, two methods, two seeds, stored job by job."""
-    methods.INITIALISATION_STEPS, methods.MAX_REHEARSAL_STEPS = 8, 4
-    for name in ("handcrafted", "online"):
-        methods.METHODS[name] = replace(methods.METHODS[name], imitation_steps=5)
+    few = {"steps": 8, "rehearsal_steps": 4, "imitation_steps": 5}
+    chosen = {name: short(METHODS[name], **few) for name in ("handcrafted", "online")}
     tasks = [get_task(name).with_(steps=12) for name in ("iris", "diabetes")]
-    results = experiments.compare(tasks, ["handcrafted", "online"], range(2), folder=folder / "jobs", progress=False)
-    experiments.write_results(results, folder / "results.parquet")
+    results = experiments.compare(tasks, chosen, range(2), folder=folder / "jobs", progress=False)
+    write_results(results, folder / "results.parquet")
 
 
 def die():

@@ -17,18 +17,19 @@ import pandas as pd
 import pytest
 import torch
 
+from adalfl_lite import LossNetwork
 from adalfl_lite.compare import grid as experiments
-from adalfl_lite.compare import methods, tasks
+from adalfl_lite.compare import methods, recipes, tasks
 from adalfl_lite.compare.grid import compare, run
-from adalfl_lite.compare.methods import METHODS, TUNING_FACTORS, online_meta_learning_rate
+from adalfl_lite.compare.methods import METHODS
+from adalfl_lite.compare.recipes import Job, Learned, LearnedRate, TaskLoss, TaskRate, Tuned, fresh
 from adalfl_lite.compare.results import final_errors
 from adalfl_lite.compare.tasks import Task, get_task
-from adalfl_lite.compare.together import prepare_together, runs_together, train_together
 from adalfl_lite.losses.dynamical import DynamicalLoss
 from adalfl_lite.losses.symbolic import SymbolicLoss
 from adalfl_lite.provenance import provenance
 from adalfl_lite.train.evaluation import evaluate
-from tests.shorthand import fit
+from tests.shorthand import fit, short
 
 IRIS = get_task("iris").with_(steps=40)
 DIABETES = get_task("diabetes").with_(steps=40)
@@ -37,11 +38,13 @@ COLUMNS = {
     *("task", "method", "seed", "step", "train_loss", "meta_loss"),
     *("valid_error", "valid_loss", "test_error", "test_loss", "seconds"),
     *("learning_rate", "initialisation_steps", "initialisation_chosen_step", "initialisation_seconds"),
-    *("seeds_together", "settings", "device", "torch", "python", "commit"),
+    *("seeds_together", "settings", "recipe", "device", "torch", "python", "commit"),
 }
 LONG = 3 * 40 + 9 * 15 + 3 * 40  # meta steps, rehearsals, the training: in plain steps
 EVERY = [name for name, method in METHODS.items() if "classification" in method.kinds]
-INITIALISED = [name for name in EVERY if METHODS[name].loss in ("adalfl", "ml3") or METHODS[name].learned_rate]
+INITIALISED = [
+    name for name in EVERY if isinstance(METHODS[name].loss, Learned) or isinstance(METHODS[name].rate, LearnedRate)
+]
 SEARCHED = ["taylorglo", "evomal"]
 LEARNED = [*INITIALISED, *SEARCHED, "rate-replay"]
 HANDCRAFTED = [name for name in EVERY if name not in LEARNED]
@@ -52,14 +55,9 @@ def short_initialisations():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "INITIALISATION_STEPS", 40)
-        patch.setattr(methods, "MAX_REHEARSAL_STEPS", 15)
-        patch.setattr(methods, "SEARCH_STEPS", 10)
-        patch.setattr(methods, "LOCAL_STEPS", 5)
-        budget = {"taylorglo": {"generations": 2, "population": 6}, "evomal": {"generations": 1, "population": 16}}
-        patch.setattr(methods, "SEARCH_BUDGET", budget)
-        short = {name: replace(how, imitation_steps=min(how.imitation_steps, 20)) for name, how in METHODS.items()}
-        patch.setattr(methods, "METHODS", short)
+        few = {"taylorglo": (2, 6), "evomal": (1, 16)}
+        patch.setattr(methods, "METHODS", {name: short(how, searched=few.get(name)) for name, how in METHODS.items()})
+        patch.setattr(experiments, "get_method", methods.get_method)
         yield
     torch.set_num_threads(threads)
 
@@ -111,8 +109,8 @@ def test_one_history_per_method_with_its_labels(results):
         tried = set(history.initialisation_steps)
         assert tried == {40 if method in INITIALISED else 12 if method == "taylorglo" else 0} or method == "evomal"
         assert history.initialisation_chosen_step.iloc[0] in range(41 if method in INITIALISED else 1)
-        own_rate = METHODS[method].tuned or METHODS[method].learned_rate
-        assert (history.learning_rate == IRIS.learning_rate).all() or own_rate or method == "rate-replay"
+        own_rate = not isinstance(METHODS[method].rate, TaskRate)
+        assert (history.learning_rate == IRIS.learning_rate).all() or own_rate
         assert (history.learning_rate.nunique() > 1) == (method in ("rate-online", "rate-replay"))
 
 
@@ -157,7 +155,7 @@ def test_provenance_of_a_copy_without_a_checkout_names_no_commit(place, tmp_path
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         options = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
         subprocess.run([git, "-C", str(tmp_path), *options, *command], check=True)
-    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
+    monkeypatch.setattr("adalfl_lite.provenance.__file__", str(tmp_path / "provenance.py"))
     if place == "no git":
         monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     provenance.cache_clear()
@@ -183,8 +181,8 @@ def test_final_errors_are_the_last_rows(results):
 
 def test_evomal_learns_the_weights_of_a_candidate_before_it_is_scored(monkeypatch):
     """The local search moves them, and the loss it leaves is better to take a step with than the one it found."""
-    moved, ends, rehearse = [], [], methods.rehearsal
-    monkeypatch.setattr(methods, "rehearsal", lambda *arguments: ends.append(rehearse(*arguments)) or ends[-1])
+    moved, ends, rehearse = [], [], recipes.rehearsal
+    monkeypatch.setattr(recipes, "rehearsal", lambda *arguments: ends.append(rehearse(*arguments)) or ends[-1])
 
     def search(kind, score, local_search, **options):
         loss = SymbolicLoss(kind, ["multiply", "minus_one", "multiply", "y", "log", "p"])
@@ -194,10 +192,10 @@ def test_evomal_learns_the_weights_of_a_candidate_before_it_is_scored(monkeypatc
         assert [score(each.requires_grad_(False)) for each in (before, loss)] == [error for error, _ in ends]
         return loss
 
-    monkeypatch.setattr(methods, "search_symbolic", search)
-    monkeypatch.setattr(methods, "LOCAL_STEPS", 250)
+    monkeypatch.setattr(recipes, "search_symbolic", search)
     task = get_task("iris")
-    prepared = methods.prepare(task, task.load(seed=0), "evomal", 0)
+    how = short(METHODS["evomal"], local=250)
+    (prepared,) = methods.prepare(task, [task.load(seed=0)], how, [0])
     (_, found), (_, learned) = ends  # the task loss after a training
     assert moved[0] > 0.01 and learned < found and prepared.steps == 2
 
@@ -208,7 +206,9 @@ def test_evomal_learns_the_weights_of_a_candidate_before_it_is_scored(monkeypatc
 def test_a_rerun_reads_what_is_finished_and_runs_the_rest(results, folder, monkeypatch):
     assert sorted(os.listdir(folder)) == sorted(f"iris--{method}--seed0.parquet" for method in EVERY)
     ran = []
-    monkeypatch.setattr(experiments, "run", lambda task, method, seed, **_: ran.append((method, seed)) or results[:1])
+    monkeypatch.setattr(
+        experiments, "run", lambda task, method, seed, name, **_: ran.append((name, seed)) or results[:1]
+    )
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     same(compared([IRIS], EVERY, [0], folder=folder), results)
     assert ran == [] and times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -291,8 +291,8 @@ def test_seeds_differ(results):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_numbers_in_the_same_order():
-    """loky starts afresh, so it does not see this module's short initialisations: the handcrafted loss only."""
-    arguments = ([IRIS, DIABETES], ["handcrafted", "handcrafted-all"], [0, 1])
+    """loky starts afresh, and gets the methods as they are here."""
+    arguments = ([IRIS, DIABETES], ["handcrafted", "handcrafted-all", "online"], [0, 1])
     same(compared(*arguments, jobs=2), compared(*arguments, jobs=1))
 
 
@@ -330,10 +330,11 @@ def test_no_method_looks_at_the_test_split(results, monkeypatch, poison):
 def recorded_fit(monkeypatch):
     calls = []
 
-    def spy(model, loss, data, **options):
-        calls.append((data, options))
-        return fit(model, loss, data, **options)
+    def spy(learner, data, **options):
+        calls.append((data[0], options))
+        return real(learner, data, **options)
 
+    real = methods.fit
     monkeypatch.setattr(methods, "fit", spy)
     return calls
 
@@ -362,7 +363,7 @@ def test_initialisation_is_on_train_and_the_meta_batches_of_the_method(monkeypat
         seen["network"] = network
         raise FloatingPointError("enough")
 
-    monkeypatch.setattr(methods, "initialise", spy)
+    monkeypatch.setattr(recipes, "initialise", spy)
     with pytest.raises(FloatingPointError, match="enough"):
         run(IRIS, method, 0)
     data = IRIS.load(seed=0)
@@ -374,20 +375,21 @@ def test_initialisation_is_on_train_and_the_meta_batches_of_the_method(monkeypat
     assert within(seen["train"], data.train) and within(seen["meta"], getattr(data, meta))
     model = IRIS.make_model(data)
     assert seen["validate"](model) == evaluate(model, getattr(data, meta), "classification")
-    assert seen["rollout_steps"] == (1 if method == "ml3" else 20)
+    settings = seen["settings"]
+    assert settings.rollout_steps == (1 if method == "ml3" else 20)
     assert ("softplus" in repr(seen["network"]).lower()) == (method == "ml3")
-    assert (seen["steps"], seen["rehearsal_steps"]) == (40, 15)
-    assert seen["imitation_steps"] == (0 if method == "ml3" else 20)
+    assert (settings.steps, settings.rehearsal_steps) == (40, 15)
+    assert settings.imitation_steps == (0 if method == "ml3" else 20)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_tuned_learning_rate_is_the_one_with_the_lowest_validation_error(seed):
-    candidates = [IRIS.with_(learning_rate=IRIS.learning_rate * factor) for factor in TUNING_FACTORS]
+    candidates = [IRIS.with_(learning_rate=IRIS.learning_rate * factor) for factor in Tuned().factors]
     histories = [run(task, "handcrafted", seed) for task in candidates]
     scores = [(history.valid_error.iloc[-1], history.valid_loss.iloc[-1]) for history in histories]
     best = scores.index(min(scores))
     tuned = run(IRIS, "handcrafted-tuned", seed)
-    same(tuned, histories[best].assign(method="handcrafted-tuned", settings=tuned.settings))
+    same(tuned, histories[best].assign(method="handcrafted-tuned", settings=tuned.settings, recipe=tuned.recipe))
     assert len(set(scores)) == len(scores) and tuned.learning_rate.iloc[0] == candidates[best].learning_rate
 
 
@@ -395,18 +397,19 @@ def test_every_rate_is_tuned_with_the_loss_as_it_was(monkeypatch):
     """A loss that changes as it is trained with begins anew in each of the seven runs, and is given back as it was."""
     starts = []
 
-    def spy(model, loss, data, **options):
-        starts.append(int(loss.step))
-        return fit(model, loss, data, **options)
+    def spy(learner, data, **options):
+        starts.append(int(learner.loss.step))
+        return real(learner, data, **options)
 
-    monkeypatch.setattr(methods, "fit", spy)
+    real = recipes.fit
+    monkeypatch.setattr(recipes, "fit", spy)
     loss = DynamicalLoss(3, amplitude=5.0, period=10)
-    tuned = methods.tune_learning_rate(IRIS, IRIS.load(seed=0), 0, loss)
+    tuned = Tuned().tune(Job(IRIS, IRIS.load(seed=0), 0), loss)
     assert starts == [0] * 7 and loss.step == 0
     scores = []
-    for factor in TUNING_FACTORS:
+    for factor in Tuned().factors:
         task = IRIS.with_(learning_rate=IRIS.learning_rate * factor)
-        model, optimizer = methods.fresh(task, data := task.load(seed=0), 0)
+        model, optimizer = fresh(task, data := task.load(seed=0), 0)
         options = {"steps": 40, "batch_size": task.batch_size, "evaluate_every": 40, "progress": False}
         fit(model, DynamicalLoss(3, amplitude=5.0, period=10), data, optimizer=optimizer, **options)
         scores.append((*evaluate(model, data.valid, data.kind), task))
@@ -415,27 +418,26 @@ def test_every_rate_is_tuned_with_the_loss_as_it_was(monkeypatch):
 
 @pytest.mark.parametrize("method", ["online", "dynamical"])
 def test_one_preparation_serves_several_trainings(method):
-    prepared = methods.prepare(IRIS, IRIS.load(seed=0), method, 0)
-    first, second = (methods.train(prepared, method, 0) for _ in range(2))
+    prepared = methods.prepare(IRIS, [IRIS.load(seed=0)], method, [0])
+    first, second = (methods.train(prepared, method, [0]) for _ in range(2))
     pd.testing.assert_frame_equal(first.drop(columns="seconds"), second.drop(columns="seconds"), check_exact=True)
 
 
 def test_one_preparation_serves_several_trainings_of_all_seeds():
     data = [IRIS.load(seed=seed) for seed in (0, 1)]
-    prepared = prepare_together(IRIS, data, "online", (0, 1), device="cpu", shared={0: {}, 1: {}})
-    first, second = (train_together(prepared, "online", (0, 1), device="cpu") for _ in range(2))
+    prepared = methods.prepare(IRIS, data, "online", (0, 1))
+    first, second = (methods.train(prepared, "online", (0, 1)) for _ in range(2))
     pd.testing.assert_frame_equal(first.drop(columns="seconds"), second.drop(columns="seconds"), check_exact=True)
 
 
 @pytest.mark.parametrize(
     ("change", "of"),
     [
-        ({"rollout_steps": 3}, "method"),
-        ({"imitation_steps": 7}, "method"),
+        ({"rollout_steps": 3}, "settings"),
+        ({"imitation_steps": 7}, "settings"),
         ({"meta_batches": "train"}, "method"),
-        ({"loss": "ml3"}, "method"),
-        ({"loss": "task", "learned_rate": True}, "method"),
-        ({"train_on_valid": True}, "method"),
+        ({"loss": short(METHODS["ml3"]).loss}, "method"),
+        ({"loss": TaskLoss(), "rate": short(METHODS["rate-online"]).rate}, "method"),
         ({"learning_rate": 0.1}, "task"),
         ({"momentum": 0.5}, "task"),
         ({"model": "linear"}, "task"),
@@ -450,25 +452,21 @@ def test_an_initialisation_is_shared_by_what_it_depends_on_alone(monkeypatch, ch
     """With one ``shared`` for all, a method that differs in anything starts from what it has without it."""
     online = methods.METHODS["online"]
     changed = replace(online, **change) if of == "method" else online
+    if of == "settings":
+        changed = replace(online, loss=replace(online.loss, settings=online.loss.settings.with_(**change)))
     monkeypatch.setitem(methods.METHODS, "changed", changed)
     monkeypatch.setitem(methods.METHODS, "offline", replace(online, online=False))  # which is not of the initialisation
     task = IRIS.with_(**change) if of == "task" else IRIS
     seed = change.get("seed", 0)
     shared = {}
-    if together and not runs_together("changed", task):
+    if together and not changed.stacks(task):
         pytest.skip("it never is")
 
     def phi(method, task, seed, shared):
-        data = task.load(seed=seed)
-        if together:
-            seeds = (seed, seed + 7)
-            given = {seed: shared, seed + 7: shared}
-            prepared = prepare_together(
-                task, [task.load(seed=s) for s in seeds], method, seeds, device="cpu", shared=given
-            )[0]
-        else:
-            prepared = methods.prepare(task, data, method, seed, shared=shared)
-        if methods.METHODS[method].learned_rate:
+        seeds = (seed, seed + 7) if together else (seed,)
+        datasets = [task.load(seed=s) for s in seeds]
+        prepared = methods.prepare(task, datasets, method, seeds, shared=dict.fromkeys(seeds, shared))[0]
+        if isinstance(methods.METHODS[method].rate, LearnedRate):
             return torch.tensor([prepared.task.learning_rate])
         return torch.cat([p.detach().flatten() for p in prepared.loss.parameters()])
 
@@ -502,7 +500,7 @@ def test_the_replayed_schedule_is_the_one_that_online_implied(results, monkeypat
 
 def test_drops_are_kept_by_every_method_but_the_one_that_learns_its_rate_online(monkeypatch):
     task, calls = IRIS.with_(drops=(0.5,)), recorded_fit(monkeypatch)
-    shared, replay, seen = {}, methods.replay, []
+    shared, replay, seen = {0: {}}, methods.replay, []
     monkeypatch.setattr(methods, "replay", lambda *arguments: seen.append(arguments[-1]) or replay(*arguments))
     for method in ("handcrafted", "rate-offline", "online", "rate-replay", "rate-online"):
         history = run(task, method, 0, shared=shared)
@@ -550,10 +548,11 @@ def test_seeds_together_give_what_they_give_one_by_one(results, together):
 
 
 def test_a_long_training_adapts_its_loss_more_slowly(monkeypatch):
-    assert online_meta_learning_rate(get_task("digits")) == 1e-4
+    rate = METHODS["online"].online_meta_learning_rate
+    assert rate(get_task("digits")) == 1e-4
     california = get_task("california")
     for steps in (methods.FULL_RATE_STEPS, california.steps, 10 * california.steps):
-        assert online_meta_learning_rate(california.with_(steps=steps)) * steps == pytest.approx(3)
+        assert rate(california.with_(steps=steps)) * steps == pytest.approx(3)
     usual = compared([IRIS], ["online"], [0, 1])
     monkeypatch.setattr(methods, "FULL_RATE_STEPS", 1e-9)  # so slowly that the loss stays what it was
     online, offline = (rows(compared([IRIS], [method], [0, 1]), method) for method in ("online", "offline"))
@@ -563,7 +562,7 @@ def test_a_long_training_adapts_its_loss_more_slowly(monkeypatch):
     assert together.test_loss.to_numpy() == pytest.approx(offline.test_loss.to_numpy(), abs=1e-3)
 
 
-@pytest.mark.parametrize(("jobs", "bars"), [(1, {"jobs", "initialise 2 seeds", "2 seeds"}), (2, {"jobs"})])
+@pytest.mark.parametrize(("jobs", "bars"), [(1, {"jobs", "initialise", "fit"}), (2, {"jobs"})])
 def test_progress_is_of_jobs_and_in_one_process_of_steps_too(capfd, jobs, bars):
     compare([IRIS], ["handcrafted", "offline"], [0, 1], together=True, jobs=jobs)
     assert set(re.findall(r"([\w ]+): +\d+%\|", capfd.readouterr().err)) == bars
@@ -580,10 +579,8 @@ def test_seeds_together_share_the_seconds_and_the_initialisation(together):
 def test_seeds_together_are_stored_one_by_one_and_only_the_missing_ones_run(tmp_path, monkeypatch):
     first = compared([IRIS], ["handcrafted"], [0], folder=tmp_path)
     asked = []
-    real = experiments.run_together
-    monkeypatch.setattr(
-        experiments, "run_together", lambda t, m, seeds, **o: asked.append(seeds) or real(t, m, seeds, **o)
-    )
+    real = experiments.run
+    monkeypatch.setattr(experiments, "run", lambda t, m, seeds, **o: asked.append(seeds) or real(t, m, seeds, **o))
     both = compared([IRIS], ["handcrafted"], [0, 1, 2], folder=tmp_path, together=True)
     assert asked == [[1, 2]] and len(list(tmp_path.glob("*.parquet"))) == 3
     pd.testing.assert_frame_equal(both[both.seed == 0].reset_index(drop=True), first)
@@ -593,10 +590,13 @@ def test_seeds_together_are_stored_one_by_one_and_only_the_missing_ones_run(tmp_
 
 
 def test_where_one_seed_diverges_the_others_are_run_alone(monkeypatch):
-    def diverges(*_, **__):
-        raise FloatingPointError("a loss of seed 1 was not finite")
+    def diverges(task, method, seeds, **options):
+        if isinstance(seeds, list):
+            raise FloatingPointError("a loss of learner 1 was not finite")
+        return real(task, method, seeds, **options)
 
-    monkeypatch.setattr(experiments, "run_together", diverges)
+    real = experiments.run
+    monkeypatch.setattr(experiments, "run", diverges)
     found = compared([IRIS], ["handcrafted"], [0, 1], together=True)
     assert set(found.seeds_together) == {1} and np.isfinite(found.test_error).all()
     same(found, compared([IRIS], ["handcrafted"], [0, 1]))
@@ -604,8 +604,8 @@ def test_where_one_seed_diverges_the_others_are_run_alone(monkeypatch):
 
 def test_a_task_with_drops_or_crops_runs_its_seeds_one_by_one():
     for task in (IRIS.with_(drops=(0.5,)), get_task("cifar10-resnet18")):
-        assert not runs_together("handcrafted", task)
-    assert runs_together("handcrafted", IRIS) and not runs_together("handcrafted-tuned", IRIS)
+        assert not METHODS["handcrafted"].stacks(task)
+    assert METHODS["handcrafted"].stacks(IRIS) and not METHODS["handcrafted-tuned"].stacks(IRIS)
     dropped = compared([IRIS.with_(drops=(0.5,))], ["handcrafted"], [0, 1], together=True)
     assert dropped.learning_rate.nunique() == 2
 
@@ -629,12 +629,11 @@ def test_a_diverged_run_is_one_row_with_infinite_errors_and_the_others_go_on(tmp
 def test_tuning_passes_over_learning_rates_that_diverge(monkeypatch):
     """The large ones diverge here; the last one ends not a number without ``fit`` seeing it."""
     task = DIABETES.with_(learning_rate=0.01)
-    monkeypatch.setattr(methods, "TUNING_FACTORS", (1e14, 1.0))
-    assert run(task, "handcrafted-tuned", 0).learning_rate.iloc[0] == pytest.approx(0.01)
+    tuned = METHODS["handcrafted-tuned"]
+    assert run(task, replace(tuned, rate=Tuned((1e14, 1.0))), 0).learning_rate.iloc[0] == pytest.approx(0.01)
     poisoned = iter([(math.nan, math.nan), (0.5, 0.5)])
-    monkeypatch.setattr(methods, "TUNING_FACTORS", (2.0, 1.0))
-    monkeypatch.setattr(methods, "evaluate", lambda *_: next(poisoned))
-    assert run(task, "handcrafted-tuned", 0).learning_rate.iloc[0] == pytest.approx(0.01)
+    monkeypatch.setattr(recipes, "evaluate", lambda *_: next(poisoned))
+    assert run(task, replace(tuned, rate=Tuned((2.0, 1.0))), 0).learning_rate.iloc[0] == pytest.approx(0.01)
 
 
 def test_not_a_number_counts_as_diverged():
@@ -665,6 +664,26 @@ def test_bad_arguments_are_refused_before_any_job_starts(monkeypatch, tmp_path, 
     assert not (tmp_path / "jobs").exists()
 
 
+def test_methods_of_your_own_can_be_compared_and_are_told_apart_where_they_were_stored(tmp_path):
+    """A learned loss of one's own and a handcrafted one, by objects; a network is any function of the kind."""
+
+    def network(kind):
+        return LossNetwork(kind, hidden=(6,))
+
+    def half(prediction, target):
+        return 0.5 * torch.nn.functional.cross_entropy(prediction, target)
+
+    learned = methods.Method(Learned(network, METHODS["online"].loss.settings), "mine")
+    mine = {"mine": short(learned), "half": methods.Method(recipes.Given(half, ("classification",)), "half of it")}
+    found = compared([IRIS], mine, [0], folder=tmp_path)
+    assert set(found.method) == {"mine", "half"} and final_errors(found).initialisation_steps.tolist() == [40, 0]
+    same(compared([IRIS], mine, [0], folder=tmp_path), found)
+    with pytest.raises(ValueError, match="recipe of the method"):
+        compared([IRIS], {**mine, "half": METHODS["focal"]}, [0], folder=tmp_path)
+    with pytest.raises(ValueError, match="method 'half' is for classification"):
+        compared([DIABETES], mine, [0])
+
+
 def test_a_task_of_your_own_can_be_compared():
     task = Task("my wine", "wine", "linear", steps=10, batch_size=20)
     found = compared([task], ["handcrafted"], [0, 1])
@@ -676,8 +695,6 @@ def test_a_task_of_your_own_can_be_compared():
 
 @pytest.fixture
 def full_length(monkeypatch):
-    monkeypatch.setattr(methods, "INITIALISATION_STEPS", 2500)
-    monkeypatch.setattr(methods, "MAX_REHEARSAL_STEPS", 1000)
     monkeypatch.setattr(methods, "METHODS", METHODS)
 
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, initialise
+from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.engines.updates import Clipping
 from adalfl_lite.learn.online import ENGINES
-from tests.shorthand import fit
+from tests.shorthand import fit, initialise
 
 EXACT = ("forward", "shared", "unrolled")
 CLIPPINGS = {

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite.learn.initialisation import endless, imitate, initialise
+from adalfl_lite.learn.imitation import imitate
+from adalfl_lite.learn.meta_learning import endless
 from adalfl_lite.losses.network import LossNetwork
+from tests.shorthand import initialise
 
 
 def batches_of(kind, count, rows=16, seed=0, dtype=torch.float32):
@@ -320,7 +322,7 @@ def test_one_step_rewards_make_the_loss_ever_steeper():
         ({"rehearsal_steps": 0}, "rehearsal_steps must be at least 1, got 0"),
         ({"imitation_steps": -1}, "imitation_steps must be at least 0, got -1"),
         ({"engine": "fast"}, "engine must be one of"),
-        ({"meta_learning_rate": -1.0}, "learning rate"),
+        ({"meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more, got -1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_and_phi_is_untouched(options, message):

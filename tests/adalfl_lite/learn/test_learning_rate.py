@@ -14,15 +14,8 @@ from torch.func import functional_call
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.engines.updates import functional_update
-from adalfl_lite.learn.learning_rate import (
-    PROPORTIONAL,
-    LearningRate,
-    OnlineLearningRate,
-    implied_scale,
-    initialise_learning_rate,
-    replay,
-)
-from tests.shorthand import fit
+from adalfl_lite.learn.learning_rate import PROPORTIONAL, LearningRate, OnlineLearningRate, implied_scale, replay
+from tests.shorthand import fit, initialise_learning_rate
 
 SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
 
@@ -391,5 +384,3 @@ def test_a_schedule_that_cannot_be_replayed_is_refused():
             replay(optimizer, steps, values)
     with pytest.raises(ValueError, match="exclude each other"):
         trained(scheduler=lambda o: replay(o, [0], [1.0]), online=True, learn="learning_rate")
-    with pytest.raises(ValueError, match="learn must be 'loss' or 'learning_rate', got 'rate'"):
-        trained(learn="rate")
