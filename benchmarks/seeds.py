@@ -17,7 +17,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from adalfl_lite import LossNetwork, OnlineLoss, Stacked, build_model, fit, initialise, initialise_seeds, load_dataset
+from adalfl_lite import (
+    Initialiser,
+    LossNetwork,
+    OnlineLoss,
+    Stacked,
+    build_model,
+    fit,
+    initialise,
+    initialise_seeds,
+    load_dataset,
+)
 from adalfl_lite.files import atomic_path
 from adalfl_lite.provenance import provenance
 
@@ -48,12 +58,19 @@ def meta_learn(count: int, steps: int, *, together: bool) -> None:
     """The meta steps of Algorithm 1 for ``count`` seeds."""
     data = load_dataset("digits")
     streams = [[split.batches(100, seed=i) for i in range(count)] for split in (data.train, data.valid)]
-    settings = {"make_optimizer": make_optimizer, "steps": steps, "imitation_steps": 0, "rehearsals": 0}
+    settings = Initialiser(steps=steps, imitation_steps=0, rehearsals=0)
     if together:
-        initialise_seeds(LossNetwork.classification, make_model, *streams, seeds=range(count), **settings)
+        initialise_seeds(
+            LossNetwork.classification,
+            make_model,
+            *streams,
+            make_optimizer=make_optimizer,
+            seeds=range(count),
+            settings=settings,
+        )
         return
-    for train_batches, valid_batches in zip(*streams, strict=True):
-        initialise(LossNetwork.classification(), make_model, train_batches, valid_batches, **settings)
+    for batches in zip(*streams, strict=True):
+        initialise(LossNetwork.classification(), make_model, *batches, make_optimizer=make_optimizer, settings=settings)
 
 
 def seconds_per_step(work: Callable[..., None], count: int, steps: int, *, together: bool) -> float:

@@ -6,19 +6,15 @@ absolute error, and the share of the squared error that comes from the one worst
 from the data folder (``ADALFL_DATA``). Writes active_learning.parquet beside this file.
 """
 
-import argparse
-from pathlib import Path
-
 import joblib
 import pandas as pd
 import torch
+from script import HERE, arguments, begin, save
 
-from adalfl_lite.data.dataset import load_dataset
-from adalfl_lite.files import atomic_path
+from adalfl_lite.data import load_dataset
 from adalfl_lite.predict.active_learning import STRATEGIES, active_learning
 from adalfl_lite.predict.keypoints import HeatmapNet, draw_figures, figures_dataset, missed_joints
 from adalfl_lite.predict.loss_prediction import ConvLossModule
-from adalfl_lite.provenance import provenance
 
 POOL, VALID, TEST = 1000, 1, 500
 SEEDS = {"figures": 6, "california": 10}
@@ -60,14 +56,13 @@ def on_california(strategy: str, seed: int) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--jobs", type=int, default=1)
-    options = parser.parse_args()
+    options = begin(parser)
     tasks = {"figures": on_figures, "california": on_california}
     grid = [(tasks[name], s, seed) for name, seeds in SEEDS.items() for seed in range(seeds) for s in STRATEGIES]
     found = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(on)(strategy, seed) for on, strategy, seed in grid)
-    table = pd.concat(found, ignore_index=True).assign(**provenance())
-    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
-        table.to_parquet(temporary, index=False)
+    table = pd.concat(found, ignore_index=True)
+    save(table, HERE / "active_learning.parquet")
     measures = ["test_error", "missed", "absolute_error"]
     print(table.groupby(["task", "strategy", "labelled"], sort=False)[measures].mean())

@@ -5,22 +5,20 @@ lengths the loss is drawn, and a model trained with it, frozen. The table is arc
 row per point of a curve, in which what belongs to the whole curve is repeated.
 """
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
+from script import HERE, arguments, begin, save
 
-from adalfl_lite import LossNetwork, evaluate
-from adalfl_lite.compare import fresh, get_task
+from adalfl_lite import Initialiser, LossNetwork, evaluate
+from adalfl_lite.compare import Learned, Task, fresh, get_task
+from adalfl_lite.compare.recipes import Job
 from adalfl_lite.engines import plain_step
-from adalfl_lite.files import atomic_path
-from adalfl_lite.learn import OnlineLoss
-from adalfl_lite.losses.network import Loss
-from adalfl_lite.provenance import provenance
+from adalfl_lite.losses import Loss
 from analysis.loss_shapes import loss_curves
 
-HERE = Path(__file__).parent
 SEEDS = range(4)
 LENGTHS = (0, 100, 200, 400, 800)
 ROLLOUT = 20
@@ -29,9 +27,9 @@ TASK = get_task("digits")
 PROBABILITIES = np.linspace(0.005, 0.995, 199)
 
 ARCHITECTURES = {
-    "softplus (ML³)": lambda: LossNetwork.ml3("classification"),
-    "smooth leaky, γ = 0.01": LossNetwork.classification,
-    "smooth leaky, γ = 0.25": lambda: LossNetwork.classification(gamma=0.25),
+    "softplus (ML³)": LossNetwork.ml3,
+    "smooth leaky, γ = 0.01": LossNetwork.default,
+    "smooth leaky, γ = 0.25": lambda kind: LossNetwork.default(kind, gamma=0.25),
 }
 
 
@@ -43,44 +41,42 @@ def curves(network: LossNetwork, classes: int = 10) -> pd.DataFrame:
     return right.drop(columns="target")
 
 
-def error_with(loss: Loss, seed: int) -> float:
+def error_with(loss: Loss, task: Task, seed: int, steps: int) -> float:
     """Test error of a model trained with a fixed loss."""
-    data = TASK.load(seed=seed)
-    model, optimizer = fresh(TASK, data, seed)
-    batches = data.train.batches(TASK.batch_size, seed=seed)
-    for _ in range(TRAINING_STEPS):
+    data = task.load(seed=seed)
+    model, optimizer = fresh(task, data, seed)
+    batches = data.train.batches(task.batch_size, seed=seed)
+    for _ in range(steps):
         plain_step(model, loss, optimizer, next(batches))
     return evaluate(model, data.test, data.kind)[0]
 
 
-def main() -> None:
-    """Learn, measure, write."""
-    torch.set_num_threads(1)
+def measure(
+    name: str,
+    network: Callable[[str], LossNetwork],
+    seed: int,
+    lengths: Sequence[int] = LENGTHS,
+    training_steps: int = TRAINING_STEPS,
+) -> pd.DataFrame:
+    """Learn one loss, and look at it at some lengths: its curves, and a training with it."""
     tables = []
-    for name, make in ARCHITECTURES.items():
-        for seed in SEEDS:
-            data = TASK.load(seed=seed)
-            batches = data.train.batches(TASK.batch_size, seed=20_000 + seed)
-            metas = data.valid.batches(TASK.batch_size, seed=30_000 + seed)
-            torch.manual_seed(10_000 + seed)
-            network = make()
-            meta_optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-            for step in range(LENGTHS[-1] + 1):
-                if step in LENGTHS:
-                    frozen = network.clone().requires_grad_(False)
-                    with torch.random.fork_rng():
-                        error = error_with(frozen, seed)
-                    keys = {"network": name, "seed": seed, "meta_steps": step, "test_error": error}
-                    tables.append(curves(frozen).assign(**keys, **provenance()))
-                    print(*keys.values(), flush=True)
-                if step % ROLLOUT == 0:
-                    model = TASK.make_model(data)
-                    optimizer = TASK.make_optimizer(model.parameters())
-                    learner = OnlineLoss(model, network, optimizer, meta_optimizer=meta_optimizer)
-                learner.step(next(batches), next(metas))
-    with atomic_path(HERE / "architectures.parquet") as temporary:
-        pd.concat(tables, ignore_index=True).to_parquet(temporary, index=False)
+
+    def look(step: int, learned: LossNetwork) -> None:
+        if step not in lengths:
+            return
+        frozen = learned.clone().requires_grad_(False)
+        with torch.random.fork_rng():
+            error = error_with(frozen, TASK, seed, training_steps)
+        keys = {"network": name, "seed": seed, "meta_steps": step, "test_error": error}
+        tables.append(curves(frozen).assign(**keys))
+        print(*keys.values(), flush=True)
+
+    settings = Initialiser(steps=max(lengths), imitation_steps=0, rollout_steps=ROLLOUT, rehearsals=0)
+    Learned(network, settings).find(Job(TASK, TASK.load(seed=seed), seed), callback=look)
+    return pd.concat(tables, ignore_index=True)
 
 
 if __name__ == "__main__":
-    main()
+    begin(arguments(__doc__))
+    found = [measure(name, network, seed) for name, network in ARCHITECTURES.items() for seed in SEEDS]
+    save(pd.concat(found, ignore_index=True), HERE / "architectures.parquet")

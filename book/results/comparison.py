@@ -6,11 +6,10 @@ train all seeds as one program, so a task takes a quarter of an hour on one core
 minutes and one of the MLP 45.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
-import torch
+from script import HERE, arguments, begin, note
 
 from adalfl_lite.compare import METHODS, Task, compare, get_task, read_results, write_results
 from adalfl_lite.compare.grid import job_path
@@ -35,27 +34,29 @@ def methods(task: Task) -> list[str]:
     return [name for name in CHOSEN if task.kind in METHODS[name].kinds]
 
 
+def take_up(stored: Path, folder: Path, anew: list[str], methods: list[str]) -> None:
+    """Let the stored runs count as finished, but those of the tasks and methods that are made anew."""
+    for (name, method, seed), rows in read_results(stored).groupby(["task", "method", "seed"]):
+        path = job_path(folder, name, method, seed)
+        if not (name in anew and method in methods) and not path.exists():
+            write_results(rows, path)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=CHOSEN, help="by default all that apply")
+    parser.add_argument("--methods", nargs="+", choices=CHOSEN, default=list(CHOSEN), help="by default all that apply")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--anew", action="store_true", help="make again what is stored of these tasks and methods")
     parser.add_argument("--folder", type=Path, default=Path("results/comparison"))
-    parser.add_argument("--root", help="the data folder")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    stored = Path(__file__).with_suffix(".parquet")
-    for (name, method, seed), rows in read_results(stored).groupby(["task", "method", "seed"]):
-        chosen = name in options.tasks and method in (options.methods or CHOSEN)
-        path = job_path(options.folder, name, method, seed)
-        if not (options.anew and chosen) and not path.exists():
-            write_results(rows, path)
+    options = begin(parser)
+    stored = HERE / "comparison.parquet"
+    take_up(stored, options.folder, options.tasks if options.anew else [], options.methods)
     for task in map(TASKS.get, options.tasks):
-        chosen = [name for name in methods(task) if name in (options.methods or CHOSEN)]
-        arguments = {"folder": options.folder, "root": options.root, "progress": False}
-        compare([task], chosen, range(options.seeds), together=task.model not in LARGE, **arguments)
+        chosen, together = [name for name in methods(task) if name in options.methods], task.model not in LARGE
+        seeds = range(options.seeds)
+        compare([task], chosen, seeds, folder=options.folder, root=options.root, together=together, progress=False)
         print(task.name, *chosen, flush=True)
     files = [path for name in TASKS for path in sorted(options.folder.glob(f"{name}--*.parquet"))]
-    results = pd.concat(map(read_results, files), ignore_index=True)
-    write_results(results, stored)
+    write_results(pd.concat(map(read_results, files), ignore_index=True), stored)
+    note(stored)

@@ -6,48 +6,46 @@ loss it is trained with and of the task loss are measured on training rows. One 
 curvature.parquet beside this file; ``limit`` is the curvature from which the optimizer diverges on a quadratic.
 """
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
 import pandas as pd
-import torch
+from script import HERE, arguments, begin, save
 
-from adalfl_lite.compare import get_task, prepare, train
-from adalfl_lite.compare.together import prepare_together
-from adalfl_lite.files import atomic_path
-from adalfl_lite.losses.network import task_loss
-from adalfl_lite.provenance import provenance
+from adalfl_lite.compare import METHODS, Method, Task, get_task, prepare, train
+from adalfl_lite.losses import task_loss
 from analysis.curvature import top_eigenpairs
 
 STEPS, ROWS = 400, 300
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    task, seeds = get_task("digits").with_(steps=STEPS), range(options.seeds)
+
+def measure(task: Task, seeds: Sequence[int], online: Method = METHODS["online"], rows: int = ROWS) -> pd.DataFrame:
+    """Train three ways with every seed, and look at both curvatures along the way."""
     fast = task.with_(learning_rate=10 * task.learning_rate)
     data = [task.load(seed=seed) for seed in seeds]
-    learned = prepare_together(task, data, "online", seeds, device="cpu", shared={seed: {} for seed in seeds})
-    rows: list[dict] = []
-    for seed in seeds:
-        for name, method, prepared in (
-            ("cross-entropy", "handcrafted", prepare(task, data[seed], "handcrafted", seed)),
-            ("cross-entropy, rate x 10", "handcrafted", prepare(fast, data[seed], "handcrafted", seed)),
-            ("learned", "online", learned[seed]),
-        ):
-            batch, plain = data[seed].train[:ROWS], task_loss(task.kind)
-            limit = 2 * (1 + prepared.task.momentum) / prepared.task.learning_rate
+    trainings = {
+        "cross-entropy": ("handcrafted", prepare(task, data, "handcrafted", seeds)),
+        "cross-entropy, rate x 10": ("handcrafted", prepare(fast, data, "handcrafted", seeds)),
+        "learned": (online, prepare(task, data, online, seeds)),
+    }
+    found: list[dict] = []
+    for i, seed in enumerate(seeds):
+        for name, (method, prepared) in trainings.items():
+            batch, plain, settings = data[i].train[:rows], task_loss(task.kind), prepared[i].task
+            limit = 2 * (1 + settings.momentum) / settings.learning_rate
 
             def record(step, model, loss, seed=seed, name=name, batch=batch, plain=plain, limit=limit):
                 """Measure both."""
                 own, of_task = (top_eigenpairs(model, each, batch).values[0] for each in (loss, plain))
-                rows.append(
-                    {"seed": seed, "method": name, "step": step, "own": own, "task_loss": of_task, "limit": limit}
-                )
+                row = {"seed": seed, "method": name, "step": step, "own": own, "task_loss": of_task, "limit": limit}
+                found.append(row)
 
-            train(prepared, method, seed, callback=record)
-            print(seed, name, f"{rows[-1]['own']:.2f} {rows[-1]['own'] / limit:.3f}", flush=True)
-    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
-        pd.DataFrame(rows).assign(**provenance()).to_parquet(temporary, index=False)
+            train([prepared[i]], method, [seed], callback=record)
+            print(seed, name, f"{found[-1]['own']:.2f} {found[-1]['own'] / limit:.3f}", flush=True)
+    return pd.DataFrame(found)
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, default=10)
+    options = begin(parser)
+    save(measure(get_task("digits").with_(steps=STEPS), range(options.seeds)), HERE / "curvature.parquet")

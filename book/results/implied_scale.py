@@ -5,40 +5,38 @@ of its loss is compared with that of the squared error on training rows, ∇M = 
 implied_scale.parquet beside this file.
 """
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
 import pandas as pd
-import torch
 import torch.nn.functional as F
+from script import HERE, arguments, begin, save
 
-from adalfl_lite.compare import get_task, train
-from adalfl_lite.compare.together import prepare_together
-from adalfl_lite.files import atomic_path
-from adalfl_lite.provenance import provenance
+from adalfl_lite.compare import METHODS, Method, Task, get_task, prepare, train
 from analysis.effective_lr import effective_learning_rate
 
 ROWS = 2000
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--root", help="the data folder")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    task, seeds = get_task("california"), range(options.seeds)
-    data = [task.load(seed=seed, root=options.root) for seed in seeds]
-    shared: dict[int, dict] = {seed: {} for seed in seeds}
-    rows: list[dict] = []
-    for seed, prepared in enumerate(prepare_together(task, data, "online", seeds, device="cpu", shared=shared)):
-        batch = data[seed].train[:ROWS]
 
-        def record(step, model, loss, seed=seed, batch=batch):
+def measure(
+    task: Task, seeds: Sequence[int], online: Method = METHODS["online"], root: str | None = None
+) -> pd.DataFrame:
+    """Train online with every seed, and compare the two gradients along the way."""
+    data = [task.load(seed=seed, root=root) for seed in seeds]
+    rows: list[dict] = []
+    for seed, one, prepared in zip(seeds, data, prepare(task, data, online, seeds), strict=True):
+
+        def record(step, model, loss, seed=seed, batch=one.train[:ROWS]):
             """Compare the two gradients."""
             found = effective_learning_rate(model, loss, F.mse_loss, batch)
             rows.append({"task": task.name, "seed": seed, "step": step, **vars(found)})
 
-        error = train(prepared, "online", seed, callback=record).test_error.iloc[-1]
+        error = train([prepared], online, [seed], callback=record).test_error.iloc[-1]
         print(seed, f"{rows[-1]['scale']:.4f} {error:.4f}", flush=True)
-    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
-        pd.DataFrame(rows).assign(**provenance()).to_parquet(temporary, index=False)
+    return pd.DataFrame(rows)
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = begin(parser)
+    save(measure(get_task("california"), range(options.seeds), root=options.root), HERE / "implied_scale.parquet")

@@ -6,34 +6,31 @@ processor time that finding the loss took, how many losses were tried or meta st
 other_losses.parquet beside this file.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import joblib
 import pandas as pd
 import torch
+from script import HERE, arguments, begin, save
 
-from adalfl_lite.compare import get_task, prepare, train
-from adalfl_lite.files import atomic_path
+from adalfl_lite.compare import METHODS, Method, Task, get_task, prepare, train
 from adalfl_lite.losses import SymbolicLoss, TaylorLoss
-from adalfl_lite.provenance import provenance
 
 STEPS, NOISE, SEEDS = 250, 0.4, 3
-METHODS = ("evomal", "taylorglo", "online")
+COMPARED = ("evomal", "taylorglo", "online")
 TASK = get_task("digits").with_(steps=STEPS).corrupted(label_noise=NOISE)
 
 
-def measure(method: str, seed: int) -> dict:
-    """Find the loss, then train with it."""
+def measure(name: str, seed: int, task: Task = TASK, method: Method | None = None) -> dict:
+    """Find the loss, then train with it; ``method`` in the place of the one of that name."""
     torch.set_num_threads(1)
-    started = time.process_time()
-    prepared = prepare(TASK, TASK.load(seed=seed), method, seed)
-    row = {"task": TASK.name, "method": method, "seed": seed, "cpu_seconds": time.process_time() - started}
-    found = described(prepared.loss)  # before training, for an online loss moves on
-    error = train(prepared, method, seed).test_error.iloc[-1]
-    return {**row, "test_error": error, "tried": prepared.steps, "found": found}
+    how, started = method or METHODS[name], time.process_time()
+    prepared = prepare(task, [task.load(seed=seed)], how, [seed])
+    row = {"task": task.name, "method": name, "seed": seed, "cpu_seconds": time.process_time() - started}
+    found = described(prepared[0].loss)  # before training, for an online loss moves on
+    error = train(prepared, how, [seed]).test_error.iloc[-1]
+    return {**row, "test_error": error, "tried": prepared[0].steps, "found": found}
 
 
 def described(loss) -> str:
@@ -46,12 +43,10 @@ def described(loss) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--jobs", type=int, default=1)
-    options = parser.parse_args()
-    grid = [(method, seed) for method in METHODS for seed in range(SEEDS)]
-    rows = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*job) for job in grid)
-    table = pd.DataFrame(rows).assign(**provenance())
-    with atomic_path(Path(__file__).with_suffix(".parquet")) as temporary:
-        table.to_parquet(temporary, index=False)
+    options = begin(parser)
+    grid = [(name, seed) for name in COMPARED for seed in range(SEEDS)]
+    table = pd.DataFrame(joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*job) for job in grid))
+    save(table, HERE / "other_losses.parquet")
     print(table.groupby("method", sort=False)[["test_error", "cpu_seconds", "tried"]].mean())

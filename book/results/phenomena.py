@@ -10,7 +10,6 @@ Rows are of a kind: "record" (the model and the loss on fixed rows of the data, 
 by layer) or "batch" (∇M = c ∇L + r on the training batch of a step).
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -21,23 +20,23 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from script import HERE, arguments, begin, save
 from torch import Tensor, nn
 
-from adalfl_lite import LossNetwork, OnlineLearningRate, OnlineLoss, initialise
+from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss, initialise
 from adalfl_lite.compare import Task, fresh, get_task
-from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
+from adalfl_lite.compare.recipes import INITIALISATION_SEED, Job, streams
+from adalfl_lite.data import BatchSampler, Dataset, Split
 from adalfl_lite.engines import plain_step
-from adalfl_lite.files import atomic_path, atomic_save, load_payload
+from adalfl_lite.files import atomic_save, load_payload
 from adalfl_lite.learn import LearningRate, initialise_learning_rate
-from adalfl_lite.losses.network import Loss
-from adalfl_lite.provenance import provenance
+from adalfl_lite.losses import Loss
 from analysis.calibration import calibration_scores, predictions
 from analysis.early_stopping import push_and_gap
 from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer
 from analysis.gradients import layers
 from analysis.label_smoothing import implied_label_smoothing, logit_statistics, resting_point, target_gradients
 
-HERE = Path(__file__).parent
 FORMAT = "adalfl-phenomena-1"
 META_LEARNING_RATE = 1e-4
 BATCH_EVERY = 5
@@ -222,29 +221,40 @@ class Run:
 
     def learned_loss(self) -> LossNetwork:
         """Algorithm 1, with the package's additions."""
-        torch.manual_seed(10_000 + self.seed)
+        torch.manual_seed(INITIALISATION_SEED + self.seed)
         network = LossNetwork.classification()
-        self._initialise(initialise, network)
+        train, valid, _ = streams(self.job)
+        make_optimizer, settings = self.task.make_optimizer, self.settings
+        initialise(network, self.job.make_model, train, valid, make_optimizer=make_optimizer, settings=settings)
         return network
 
     def learned_rate(self) -> LearningRate:
         """Algorithm 3, with the same additions and budget."""
-        torch.manual_seed(10_000 + self.seed)
+        torch.manual_seed(INITIALISATION_SEED + self.seed)
         rate = LearningRate([self.task.learning_rate])
-        self._initialise(initialise_learning_rate, rate, kind="classification")
+        train, valid, _ = streams(self.job)
+        initialise_learning_rate(
+            rate,
+            self.job.make_model,
+            train,
+            valid,
+            make_optimizer=self.task.make_optimizer,
+            kind="classification",
+            settings=self.settings,
+        )
         return rate
 
-    def _initialise(self, algorithm: Callable, learner: nn.Module, **options) -> None:
-        algorithm(
-            learner,
-            lambda: self.task.make_model(self.data),
-            self.data.train.batches(self.task.batch_size, seed=20_000 + self.seed),
-            self.data.valid.batches(self.task.batch_size, seed=30_000 + self.seed),
-            make_optimizer=self.task.make_optimizer,
-            steps=self.setting.initialisation_steps,
-            rehearsals=self.setting.rehearsals,
-            rehearsal_steps=self.setting.rehearsal_steps,
-            **options,
+    @property
+    def job(self) -> Job:
+        """What Algorithms 1 and 3 learn on."""
+        return Job(self.task, self.data, self.seed)
+
+    @property
+    def settings(self) -> Initialiser:
+        """How long they learn."""
+        given = self.setting
+        return Initialiser(
+            steps=given.initialisation_steps, rehearsals=given.rehearsals, rehearsal_steps=given.rehearsal_steps
         )
 
     def train(
@@ -314,9 +324,7 @@ class Run:
             elif not torch.isfinite(plain_step(model, loss, optimizer, batch)):
                 rows.append({"kind": "record", "step": self.steps, "valid_error": np.inf, "test_error": np.inf})
                 break
-        frame = pd.DataFrame(rows).assign(task=self.name, variant=variant, seed=self.seed, **provenance())
-        with atomic_path(self.file(variant)) as temporary:
-            frame.to_parquet(temporary, index=False)
+        save(pd.DataFrame(rows).assign(task=self.name, variant=variant, seed=self.seed), self.file(variant))
         print(self.name, self.seed, variant, rows[-1]["test_error"], flush=True)
         return states
 
@@ -345,16 +353,13 @@ class Run:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, help="by default all of a task's")
     parser.add_argument("--folder", type=Path, default=Path("results/phenomena"))
-    parser.add_argument("--root", help="the data folder")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = begin(parser)
     for name in options.tasks:
         for seed in options.seeds or range(SETTINGS[name].seeds):
             Run(name, seed, options.folder, options.root).all_variants()
     parts = [pd.read_parquet(path) for name in SETTINGS for path in sorted(options.folder.glob(f"{name}--*.parquet"))]
-    with atomic_path(HERE / "phenomena.parquet") as temporary:
-        pd.concat(parts, ignore_index=True).to_parquet(temporary, index=False)
+    save(pd.concat(parts, ignore_index=True), HERE / "phenomena.parquet", labelled=True)

@@ -5,19 +5,18 @@ loss one step after), how large it is, and how it does at what it is used for (t
 Writes short_horizon.parquet beside this file.
 """
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
 import joblib
 import pandas as pd
 import torch
+from script import HERE, arguments, begin, save
 
-from adalfl_lite import LossNetwork, OnlineLoss, evaluate
-from adalfl_lite.compare import fresh, get_task
+from adalfl_lite import Initialiser, LossNetwork, evaluate, initialise
+from adalfl_lite.compare import Task, fresh, get_task
+from adalfl_lite.compare.recipes import INITIALISATION_SEED, Job, streams
 from adalfl_lite.engines import plain_step
-from adalfl_lite.files import atomic_path
-from adalfl_lite.losses.network import task_loss
-from adalfl_lite.provenance import provenance
+from adalfl_lite.losses import task_loss
 from analysis.effective_lr import effective_learning_rate
 
 TASKS = {  # name: (the task, when to look, seeds)
@@ -33,31 +32,40 @@ HORIZON = 600
 ONE_STEP_REPEATS = 50
 
 
-def measure(name: str, variant: str, seed: int, root: str | None = None) -> list[dict]:
-    """Algorithm 1 without rehearsals, stopped now and then to see what the loss is good for."""
+def measure(
+    name: str,
+    variant: str,
+    seed: int,
+    root: str | None = None,
+    lengths: Sequence[int] | None = None,
+    horizon: int = HORIZON,
+) -> list[dict]:
+    """Algorithm 1 without imitation and rehearsals; now and then, see what the loss is good for."""
     torch.set_num_threads(1)
     make_network, rollout_steps = VARIANTS[variant]
-    task, lengths, _ = TASKS[name]
-    data = task.load(seed=seed, root=root)
-    train = data.train.batches(task.batch_size, seed=20_000 + seed)
-    valid = data.valid.batches(task.batch_size, seed=30_000 + seed)
-    torch.manual_seed(10_000 + seed)
-    network = make_network("classification")
-    meta_optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    task, default_lengths, _ = TASKS[name]
+    lengths = lengths or default_lengths
+    job = Job(task, task.load(seed=seed, root=root), seed)
+    train, valid, _ = streams(job)
     rows = []
-    for step in range(1, max(lengths) + 1):
-        if (step - 1) % rollout_steps == 0:
-            model = task.make_model(data)
-            online = OnlineLoss(model, network, task.make_optimizer(model.parameters()), meta_optimizer=meta_optimizer)
-        online.step(next(train), next(valid))
+
+    def look(step: int, network: LossNetwork) -> None:
         if step in lengths:
             frozen = network.clone().requires_grad_(False)
             row = {"task": name, "variant": variant, "seed": seed, "meta_steps": step}
-            rows.append({**row, **one_step(frozen, task, data, train, valid), **whole_run(frozen, task, data, seed)})
+            one = one_step(frozen, task, job.data, train, valid)
+            rows.append({**row, **one, **whole_run(frozen, task, job.data, seed, horizon)})
+
+    torch.manual_seed(INITIALISATION_SEED + seed)
+    settings = Initialiser(steps=max(lengths), imitation_steps=0, rollout_steps=rollout_steps, rehearsals=0)
+    network = make_network("classification")
+    initialise(
+        network, job.make_model, train, valid, make_optimizer=task.make_optimizer, settings=settings, callback=look
+    )
     return rows
 
 
-def one_step(loss, task, data, train, valid) -> dict:
+def one_step(loss, task: Task, data, train, valid) -> dict:
     """The task loss on validation batches after one step from a fresh model, which is what Algorithm 1 minimises."""
     values, measured = [], task_loss(data.kind)
     for _ in range(ONE_STEP_REPEATS):
@@ -69,30 +77,24 @@ def one_step(loss, task, data, train, valid) -> dict:
     return {"one_step_loss": sum(values) / len(values)}
 
 
-def whole_run(loss, task, data, seed) -> dict:
+def whole_run(loss, task: Task, data, seed: int, horizon: int) -> dict:
     """How large the loss is for a fresh model, and the test error of training with it."""
     model, optimizer = fresh(task, data, seed)
     batches = data.train.batches(task.batch_size, seed=seed)
     scale = effective_learning_rate(model, loss, task_loss(data.kind), next(batches)).scale
-    for _ in range(HORIZON):
+    for _ in range(horizon):
         plain_step(model, loss, optimizer, next(batches))
     return {"scale": scale, "test_error": evaluate(model, data.test, data.kind)[0]}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="the rows of others stay")
-    parser.add_argument("--root", help="the data folder")
-    options = parser.parse_args()
+    options = begin(parser)
     grid = [(name, v, seed, options.root) for name in options.tasks for seed in range(TASKS[name][2]) for v in VARIANTS]
     measured = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*point) for point in grid)
-    table = pd.DataFrame([row for rows in measured for row in rows]).assign(**provenance())
-    path = Path(__file__).with_suffix(".parquet")
-    if path.exists():
-        before = pd.read_parquet(path)
-        table = pd.concat([before[~before.task.isin(options.tasks)], table], ignore_index=True)
-    with atomic_path(path) as temporary:
-        table.to_parquet(temporary, index=False)
+    table = pd.DataFrame([row for rows in measured for row in rows])
+    save(table, HERE / "short_horizon.parquet", tasks=options.tasks)
     columns = ["one_step_loss", "scale", "test_error"]
     print(table.groupby(["task", "variant", "meta_steps"], sort=False)[columns].mean().to_string())
