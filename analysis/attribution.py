@@ -26,8 +26,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from analysis.cut import Cut, Output, find_layer
-from analysis.gradients import one_tensor
-from analysis.inputs import call, evaluation, plain_kernels, replaced
+from analysis.inputs import call, evaluation, one_tensor, plain_kernels, replaced
 from analysis.plotting import DIVERGING, PALETTE
 
 
@@ -54,23 +53,32 @@ def integrated_gradients(
     baseline: float | Tensor = 0.0,
     steps: int = 64,
     chunk_size: int = 16,
+    *,
+    layer: str | None = None,
 ) -> Attribution:
     r"""Integrated gradients (Sundararajan et al. 2017), (x − b) ∫₀¹ ∇f(b + t (x − b)) dt, by Gauss-Legendre quadrature.
 
     Complete: the values of an example sum to f(x) − f(b), up to its ``delta``. captum keeps the weights of the
     quadrature in float32, so that even in float64 the relative error is about 1e-7.
 
+    Over the output of a layer, they go from its value at the baseline to its value at the input. They are complete if
+    all that the output knows of the input passes through the layer; a connection around it shows as a large ``delta``.
+
     Args:
         model: maps (N, ...) to (N, C), or to (N,) or (N, 1); explained in eval mode, and left as it was found.
-        inputs: (N, ...), floating.
+        inputs: (N, ...), floating; for a layer also integers, such as the ids of tokens (N, L) for an embedding.
         target: output to explain: an index for all, or (N,) indices. None takes the largest output of each example,
             the predicted class.
-        baseline: b, the input that stands for "nothing there": a number, or a tensor that broadcasts to the inputs.
+        baseline: b, the input that stands for "nothing there": a number, or a tensor that broadcasts to the inputs; of
+            ids an id, or a tensor of ids, such as that of padding.
         steps: points of the quadrature.
         chunk_size: examples explained at once; takes the memory of a batch of chunk_size · steps.
+        layer: name of a module, as in ``model.named_modules()``, that returns one tensor; the values then have the
+            shape of its output. None explains by the inputs themselves.
 
     Raises:
-        ValueError: inputs, a baseline or outputs that are not finite or not of these shapes, or an unknown target.
+        ValueError: inputs, a baseline or outputs that are not finite or not of these shapes, an unknown target or an
+            unknown layer.
 
     Examples:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -80,44 +88,10 @@ def integrated_gradients(
     """
     _positive(steps=steps)
 
-    def attribute(f: Output, _: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def by_inputs(f: Output, _: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return IntegratedGradients(f).attribute(x, b, target=y, n_steps=steps, return_convergence_delta=True)
 
-    return _explain(attribute, model, inputs, target, baseline, chunk_size)
-
-
-def layer_integrated_gradients(
-    model: nn.Module,
-    layer: str,
-    inputs: Tensor,
-    target: int | Tensor | None = None,
-    baseline: float | Tensor = 0.0,
-    steps: int = 64,
-    chunk_size: int = 16,
-) -> Attribution:
-    """Integrated gradients over the output of a layer, from its value at the baseline to its value at the input.
-
-    Complete, as :func:`integrated_gradients` is, if all that the output knows of the input passes through the layer;
-    a connection around it shows as a large ``delta``.
-
-    Args:
-        model: see :func:`integrated_gradients`.
-        layer: name of a module, as in ``model.named_modules()``, that returns one tensor.
-        inputs: (N, ...), floating; or integers, such as the ids of tokens (N, L) for an embedding.
-        target: see :func:`integrated_gradients`.
-        baseline: an *input*, see there; for ids an id, or a tensor of ids, such as that of padding.
-        steps: points of the quadrature.
-        chunk_size: examples explained at once.
-
-    Returns:
-        Attribution whose values have the shape of the layer's output.
-
-    Raises:
-        ValueError: see :func:`integrated_gradients`; or an unknown layer.
-    """
-    _positive(steps=steps)
-
-    def attribute(f: Output, cut: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def by_layer(f: Output, cut: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         assert cut is not None  # noqa: S101  (a layer is named)
         method, hidden, start = IntegratedGradients(cut.above), cut.below(x), cut.below(b)
         values = method.attribute(hidden, start, target=y, n_steps=steps, additional_forward_args=(x,))
@@ -125,13 +99,14 @@ def layer_integrated_gradients(
             difference = (f(x) - f(b)).gather(1, y[:, None])[:, 0]
         return values, values.flatten(1).sum(1) - difference
 
+    attribute = by_inputs if layer is None else by_layer
     return _explain(attribute, model, inputs, target, baseline, chunk_size, layer)
 
 
 def grad_cam(
     model: nn.Module,
-    layer: str,
     inputs: Tensor,
+    layer: str,
     target: int | Tensor | None = None,
     relu: bool = True,
     chunk_size: int = 256,
@@ -140,8 +115,8 @@ def grad_cam(
 
     Args:
         model: see :func:`integrated_gradients`.
-        layer: name of a convolution, as a rule the last one, or of another module whose output is ``(N, K, *space)``.
         inputs: ``(N, C, *space)``, such as images (N, C, H, W).
+        layer: name of a convolution, as a rule the last one, or of another module whose output is ``(N, K, *space)``.
         target: see :func:`integrated_gradients`.
         relu: cut negative values off, as published.
         chunk_size: examples explained at once.
@@ -150,7 +125,7 @@ def grad_cam(
         Attribution with values ``(N, 1, *space)``, upsampled to the inputs' size linearly; there is no ``delta``.
 
     Raises:
-        ValueError: see :func:`layer_integrated_gradients`; or a layer whose output has no spatial dimensions.
+        ValueError: see :func:`integrated_gradients`; or a layer whose output has no spatial dimensions.
     """
 
     def attribute(f: Output, cut: Cut | None, x: Tensor, y: Tensor, b: Tensor) -> tuple[Tensor, None]:
@@ -392,12 +367,14 @@ def _explain(
     f: (n, ...) -> (n, C) calls the model in eval mode, and ``cut`` is the model cut at the layer, if one is named.
     """
     _positive(chunk_size=chunk_size)
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}; a layer is named after them, layer=...")
     ids = layer is not None and inputs.dtype in (torch.int32, torch.int64)
     if inputs.ndim < 2 or not (inputs.is_floating_point() or ids) or len(inputs) == 0:
         found = f"{inputs.dtype} {tuple(inputs.shape)}"
         raise ValueError(
-            f"inputs must be floating, of shape (N, ...) with N >= 1; got {found}. Token ids are explained by "
-            "layer_integrated_gradients at their embedding"
+            f"inputs must be floating, of shape (N, ...) with N >= 1; got {found}. Token ids are explained at their "
+            "embedding, integrated_gradients(..., layer=...)"
         )
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), inputs.device)
     inputs = inputs.detach().to(device)

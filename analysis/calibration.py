@@ -23,8 +23,7 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from analysis.gradients import on_device, one_tensor
-from analysis.inputs import Batch, call, preserved
+from analysis.inputs import Batch, call, on_device, one_tensor, preserved
 from analysis.plotting import colours, legend_above
 
 
@@ -95,23 +94,17 @@ def calibration_scores(logits: Tensor, targets: Tensor, bins: int = 15) -> Calib
         >>> round(scores.ece, 3), round(scores.confidence - scores.accuracy, 3), round(scores.brier, 3)
         (0.2, 0.2, 0.56)
     """
-    # importing torchmetrics imports torchvision's models too, which takes longer than all else here
-    from torchmetrics.functional.classification import binary_calibration_error
-
     logits, targets = _checked(logits, targets)
     probabilities = logits.double().softmax(1)
     confidence, correct = _confidence(logits, targets)
-    # Top-label calibration is that of the event "the prediction is right". torchmetrics' multiclass function would
-    # round confidences to float32, and take logits within [0, 1] for probabilities. A confidence of 1, which
-    # torchmetrics gives a bin of its own, belongs to the last bin.
-    binned = confidence.clamp(max=1 - torch.finfo(confidence.dtype).eps), correct.long(), _at_least_one(bins)
-    adaptive = reliability_table(logits, targets, bins, adaptive=True)
+    # top-label calibration is that of the event "the prediction is right"
+    equal, adaptive = (reliability_table(logits, targets, bins, adaptive) for adaptive in (False, True))
     return CalibrationScores(
         examples=len(targets),
         accuracy=correct.double().mean().item(),
         confidence=confidence.mean().item(),
-        ece=binary_calibration_error(*binned, norm="l1").item(),
-        mce=binary_calibration_error(*binned, norm="max").item(),
+        ece=_ece(equal),
+        mce=float(equal["gap"].abs().max()),
         adaptive_ece=_ece(adaptive),
         nll=F.cross_entropy(logits.double(), targets).item(),
         brier=(probabilities - F.one_hot(targets, logits.shape[1])).square().sum(1).mean().item(),
@@ -273,4 +266,5 @@ def _at_least_one(bins: int) -> int:
 
 
 def _ece(table: pd.DataFrame) -> float:
+    """Σ_b n_b/N |accuracy_b − confidence_b| over the bins of a reliability table."""
     return float((table["fraction"] * table["gap"].abs()).sum())

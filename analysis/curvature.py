@@ -243,31 +243,36 @@ def spectral_density(
     return SpectralDensity(curves[0][0].double().cpu().numpy(), density.cpu().numpy())
 
 
-def sharpness(model: nn.Module, loss: Loss, data: Data, rho: float = 0.05, *, batchnorm: str = "eval") -> float:
+def sharpness(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    rho: float | None = None,
+    *,
+    adaptive: bool = False,
+    batchnorm: str = "eval",
+) -> float:
     """Rise of the loss after the ascent step of SAM (Foret et al. 2021, equation 2): L(θ + ρ g/‖g‖) − L(θ).
 
     The step, with g = ∇_θ L, maximises L to first order in the ball ‖ε‖ ≤ ρ. The rise is at most that of the best step.
+
+    Adaptive, it is the step of ASAM (Kwon et al. 2021), L(θ + ρ T²g/‖Tg‖) − L(θ) with T = abs(θ), which maximises L to
+    first order where ‖ε/T‖ ≤ ρ, elementwise. It does not change under rescalings of the weights that leave the function
+    of the network as it is.
 
     Args:
         model: f_θ; its parameters with ``requires_grad`` move.
         loss: callable (prediction, target) -> scalar, the mean over its batch.
         data: one (inputs, targets) pair, or a loader; L is the mean over all examples.
-        rho: ρ > 0, the radius.
+        rho: ρ > 0, the radius; by default .05, adaptive .5, as in the papers.
+        adaptive: measure the step relative to each weight's size.
         batchnorm: "eval" or "train".
 
     Raises:
         ValueError: a radius that is not positive; otherwise as in :func:`top_eigenpairs`.
     """
-    return _rise(model, loss, data, rho, batchnorm, adaptive=False)
-
-
-def adaptive_sharpness(model: nn.Module, loss: Loss, data: Data, rho: float = 0.5, *, batchnorm: str = "eval") -> float:
-    """Rise of the loss after the ascent step of ASAM (Kwon et al. 2021): L(θ + ρ T²g/‖Tg‖) − L(θ), with T = |θ|.
-
-    The step maximises L to first order where ‖ε/|θ|‖ ≤ ρ, elementwise. Unlike :func:`sharpness`, it does not
-    change under rescalings of the weights that leave the function of the network as it is. Arguments, errors as there.
-    """
-    return _rise(model, loss, data, rho, batchnorm, adaptive=True)
+    rho = (0.5 if adaptive else 0.05) if rho is None else rho
+    return _rise(model, loss, data, rho, batchnorm, adaptive)
 
 
 def _rise(model: nn.Module, loss: Loss, data: Data, rho: float, batchnorm: str, adaptive: bool) -> float:

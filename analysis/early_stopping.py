@@ -21,8 +21,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from analysis.effective_lr import effective_learning_rate
-from analysis.gradients import Data, on_device
-from analysis.inputs import Loss, call, preserved, require_columns, still
+from analysis.inputs import Data, Loss, call, on_device, preserved, require_columns, still
 from analysis.plotting import PALETTE, label, legend_above, plain_ticks
 
 MEASURES = {"scale": "c", "gradient_norm": "‖∇M‖", "task_gradient_norm": "‖∇L‖"}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,8 +27,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from torch import Tensor, nn
 
-from analysis.gradients import Data, State, flat, layers, mean_gradients
-from analysis.inputs import Loss, require_columns
+from analysis.gradients import mean_gradients
+from analysis.inputs import Data, Loss, State, flat, layers, require_columns
 from analysis.plotting import DIVERGING, SEQUENTIAL, colours, label, legend_above, plain_ticks
 
 
@@ -69,10 +70,40 @@ def decompose(gradient: Tensor, task_gradient: Tensor) -> tuple[float, Tensor]:
     return scale.item(), gradient - scale * task_gradient
 
 
+@overload
 def effective_learning_rate(
-    model: nn.Module, loss: Loss, task_loss: Loss, data: Data, state: State | None = None
-) -> EffectiveLR:
-    """Equation (1) over all parameters of the model that require a gradient.
+    model: nn.Module,
+    loss: Loss,
+    task_loss: Loss,
+    data: Data,
+    state: State | None = ...,
+    *,
+    by_layer: Literal[False] = ...,
+) -> EffectiveLR: ...
+
+
+@overload
+def effective_learning_rate(
+    model: nn.Module,
+    loss: Loss,
+    task_loss: Loss,
+    data: Data,
+    state: State | None = ...,
+    *,
+    by_layer: Literal[True],
+) -> pd.DataFrame: ...
+
+
+def effective_learning_rate(
+    model: nn.Module,
+    loss: Loss,
+    task_loss: Loss,
+    data: Data,
+    state: State | None = None,
+    *,
+    by_layer: bool = False,
+) -> EffectiveLR | pd.DataFrame:
+    """Equation (1) over all parameters of the model that require a gradient, or layer by layer.
 
     Args:
         model: f_θ, run in the modes it is in.
@@ -80,6 +111,9 @@ def effective_learning_rate(
         task_loss: L, likewise.
         data: one (inputs, targets) pair or a loader; on all of it both gradients are taken.
         state: parameters and buffers to use instead of the model's.
+        by_layer: of each layer's parameters by themselves: a DataFrame with one row per layer, in the model's order,
+            with the columns layer and the fields of :class:`EffectiveLR`. Layers that differ in c are a preconditioner,
+            which no single learning rate imitates.
 
     Raises:
         ValueError: bad data, a loss that is not a finite scalar, or no parameter that requires a gradient.
@@ -92,20 +126,9 @@ def effective_learning_rate(
         >>> round(found.scale, 4), round(found.cosine, 4)
         (5.0, 1.0)
     """
-    return _measure(*map(flat, mean_gradients(model, [loss, task_loss], data, state)))
-
-
-def effective_learning_rate_by_layer(
-    model: nn.Module, loss: Loss, task_loss: Loss, data: Data, state: State | None = None
-) -> pd.DataFrame:
-    """Equation (1) for each layer's parameters by themselves; arguments as in :func:`effective_learning_rate`.
-
-    Layers that differ in c are a preconditioner, which no single learning rate imitates.
-
-    Returns:
-        One row per layer, in the model's order: layer, then the fields of :class:`EffectiveLR`.
-    """
     gradients = mean_gradients(model, [loss, task_loss], data, state)
+    if not by_layer:
+        return _measure(*map(flat, gradients))
     return pd.DataFrame(
         {"layer": layer, **vars(_measure(*(flat(gradient, names) for gradient in gradients)))}
         for layer, names in layers(model).items()
@@ -117,7 +140,7 @@ def implied_schedule(frame: pd.DataFrame, learning_rate: float | Callable[[int],
 
     Args:
         frame: with the columns step and scale, as :class:`analysis.recorder.Recorder` makes of
-            :func:`effective_learning_rate` or :func:`effective_learning_rate_by_layer`.
+            :func:`effective_learning_rate`.
         learning_rate: α > 0 of the optimizer, or α(step).
 
     Returns:

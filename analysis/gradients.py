@@ -6,8 +6,9 @@ model as it was. Batches are moved to the model's device. Parameters with ``requ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -20,22 +21,24 @@ from torch.func import grad, vmap
 from analysis.derivatives import backward, explained, real, tangent
 from analysis.inputs import (
     Batch,
+    Data,
     Loss,
-    as_batches,
-    by_first_name,
+    State,
     call,
+    check_value,
+    flat,
+    layers,
+    on_device,
+    one_tensor,
     plain_kernels,
     preserved,
     repeatable,
     replaced,
     require_columns,
+    split_state,
     still,
 )
 from analysis.plotting import PALETTE, label, plain_ticks
-
-Data = Batch | Iterable[Batch]
-State = Mapping[str, Tensor]
-"""Parameters and buffers by name, as ``model.state_dict()`` gives them."""
 
 
 def mean_gradients(model: nn.Module, losses: Sequence[Loss], data: Data, state: State | None = None) -> list[State]:
@@ -73,20 +76,6 @@ def mean_gradients(model: nn.Module, losses: Sequence[Loss], data: Data, state: 
                         total[name] += len(inputs) * gradient
             count += len(inputs)
     return [{name: gradient / count for name, gradient in total.items()} for total in totals]
-
-
-def layers(model: nn.Module) -> dict[str, list[str]]:
-    """{layer: names of its parameters that require a gradient}; a layer is the module that owns the parameters."""
-    owned: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            owned.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    return owned
-
-
-def flat(gradient: State, names: Iterable[str] | None = None) -> Tensor:
-    """The named entries of a gradient (all of them if None) as one float64 vector, of complex ones both parts."""
-    return torch.cat([real(gradient[name].detach()).double().flatten() for name in (names or gradient)])
 
 
 def gradient_norms(model: nn.Module, loss: Loss, data: Data, state: State | None = None) -> pd.DataFrame:
@@ -149,9 +138,39 @@ class GradientNoise:
     """The number N of examples."""
 
 
+@overload
 def gradient_noise(
-    model: nn.Module, loss: Loss, data: Data, state: State | None = None, chunk_size: int = 32
-) -> GradientNoise:
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    state: State | None = ...,
+    chunk_size: int = ...,
+    *,
+    by_layer: Literal[False] = ...,
+) -> GradientNoise: ...
+
+
+@overload
+def gradient_noise(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    state: State | None = ...,
+    chunk_size: int = ...,
+    *,
+    by_layer: Literal[True],
+) -> pd.DataFrame: ...
+
+
+def gradient_noise(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    state: State | None = None,
+    chunk_size: int = 32,
+    *,
+    by_layer: bool = False,
+) -> GradientNoise | pd.DataFrame:
     r"""Signal-to-noise ratio of the gradient and the simple noise scale B = tr(Σ)/|G|² (McCandlish et al. 2018, §2.2).
 
     From the gradients g_1 … g_N of single examples, with mean ḡ, the unbiased estimates are
@@ -167,19 +186,15 @@ def gradient_noise(
         data: one (inputs, targets) pair or a loader, at least two examples in all.
         state: parameters and buffers to use instead of the model's.
         chunk_size: examples differentiated at once; memory grows by one gradient per example in a chunk.
+        by_layer: of each layer's parameters by themselves: a DataFrame with one row per layer, in the model's order,
+            with the columns layer and the fields of :class:`GradientNoise`.
 
     Raises:
         ValueError: fewer than two examples, or data that cannot be meant.
     """
     means, scatters, count = _moments(model, loss, data, state, chunk_size)
-    return _noise(sum(m.square().sum().item() for m in means.values()), sum(scatters.values()), count)
-
-
-def gradient_noise_by_layer(
-    model: nn.Module, loss: Loss, data: Data, state: State | None = None, chunk_size: int = 32
-) -> pd.DataFrame:
-    """:func:`gradient_noise` of each layer's parameters, one row per layer: layer, then the fields of GradientNoise."""
-    means, scatters, count = _moments(model, loss, data, state, chunk_size)
+    if not by_layer:
+        return _noise(sum(m.square().sum().item() for m in means.values()), sum(scatters.values()), count)
     rows = []
     for layer, names in layers(model).items():
         squared = sum(means[name].square().sum().item() for name in names)
@@ -268,57 +283,6 @@ def influence(
             moved = tangent(prediction, leaves, w, output_gradient, again)
     scores = (real(output_gradient) * real(moved)).flatten(1).sum(1)
     return Influence(leaf.detach(), output_gradient, moved, scores.detach())
-
-
-def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Detached parameters that require a gradient, and copies of all else, from ``state`` or else from the model.
-
-    Raises:
-        ValueError: a name in ``state`` that the model does not know, different values for a tied tensor, or no
-            parameter that requires a gradient.
-    """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    given = {} if state is None else by_first_name(model, state)
-    values = {name: given.get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
-    trained = {name: values[name] for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("no parameter of the model requires a gradient; unfreeze some with requires_grad_()")
-    return trained, {name: value.clone() for name, value in values.items() if name not in trained}
-
-
-def one_tensor(prediction: Tensor) -> Tensor:
-    """What a model returns, if it is one floating tensor.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(prediction, Tensor) or not (prediction.is_floating_point() or prediction.is_complex()):
-        found = prediction.dtype if isinstance(prediction, Tensor) else type(prediction).__name__
-        raise ValueError(f"the model must return one floating tensor, got {found}; wrap it in a module that does")
-    return prediction
-
-
-def check_value(value: Tensor) -> Tensor:
-    """The value of a loss, if it is a finite scalar that depends on something.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if value.ndim or not torch.isfinite(value):
-        raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
-    if not value.requires_grad:
-        raise ValueError(
-            "the loss does not depend on what it is differentiated by: is the forward pass or the loss under "
-            "torch.no_grad() or inference_mode()? Run it with gradients enabled"
-        )
-    return value
-
-
-def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
-    """The checked batches of ``data`` on the device of the model, if it has anything that is on one."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    for inputs, targets in as_batches(data):
-        yield inputs.to(device), targets.to(device)
 
 
 def _per_sample(

@@ -29,6 +29,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
+from analysis.derivatives import real
 from analysis.snapshots import Snapshot, modules_behind
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, targets)."""
+
+Data = Batch | Iterable[Batch]
+"""One (inputs, targets) pair, or a loader of them."""
+
+State = Mapping[str, Tensor]
+"""Parameters and buffers by name, as ``model.state_dict()`` gives them."""
 
 LOCK = threading.RLock()
 """Held while a diagnostic runs a model."""
@@ -304,3 +311,68 @@ def require_columns(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"the frame lacks the column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
     if not len(frame):
         raise ValueError("the frame has no rows")
+
+
+def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
+    """The checked batches of ``data`` on the device of the model, if it has anything that is on one."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    for inputs, targets in as_batches(data):
+        yield inputs.to(device), targets.to(device)
+
+
+def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Detached parameters that require a gradient, and copies of all else, from ``state`` or else from the model.
+
+    Raises:
+        ValueError: a name in ``state`` that the model does not know, different values for a tied tensor, or no
+            parameter that requires a gradient.
+    """
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    given = {} if state is None else by_first_name(model, state)
+    values = {name: given.get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
+    trained = {name: values[name] for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient; unfreeze some with requires_grad_()")
+    return trained, {name: value.clone() for name, value in values.items() if name not in trained}
+
+
+def layers(model: nn.Module) -> dict[str, list[str]]:
+    """{layer: names of its parameters that require a gradient}; a layer is the module that owns the parameters."""
+    owned: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owned.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return owned
+
+
+def flat(gradient: State, names: Iterable[str] | None = None) -> Tensor:
+    """The named entries of a gradient (all of them if None) as one float64 vector, of complex ones both parts."""
+    return torch.cat([real(gradient[name].detach()).double().flatten() for name in (names or gradient)])
+
+
+def one_tensor(prediction: Tensor) -> Tensor:
+    """What a model returns, if it is one floating tensor.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(prediction, Tensor) or not (prediction.is_floating_point() or prediction.is_complex()):
+        found = prediction.dtype if isinstance(prediction, Tensor) else type(prediction).__name__
+        raise ValueError(f"the model must return one floating tensor, got {found}; wrap it in a module that does")
+    return prediction
+
+
+def check_value(value: Tensor) -> Tensor:
+    """The value of a loss, if it is a finite scalar that depends on something.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value.ndim or not torch.isfinite(value):
+        raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss does not depend on what it is differentiated by: is the forward pass or the loss under "
+            "torch.no_grad() or inference_mode()? Run it with gradients enabled"
+        )
+    return value

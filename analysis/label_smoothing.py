@@ -26,8 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogitLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
-from analysis.gradients import Data, on_device, one_tensor
-from analysis.inputs import Batch, Loss, call, preserved, require_columns, still
+from analysis.inputs import Batch, Data, Loss, call, on_device, one_tensor, preserved, require_columns, still
 from analysis.plotting import PALETTE, SEQUENTIAL, label
 
 NEARLY_UNIFORM = 1e-6

@@ -32,8 +32,18 @@ from analysis.derivatives import (
     explained,
     inner,
 )
-from analysis.gradients import check_value, one_tensor
-from analysis.inputs import Batch, Loss, as_batches, call, evaluation, plain_kernels, replaced, still
+from analysis.inputs import (
+    Batch,
+    Loss,
+    as_batches,
+    call,
+    check_value,
+    evaluation,
+    one_tensor,
+    plain_kernels,
+    replaced,
+    still,
+)
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", *TORCHSCRIPT)

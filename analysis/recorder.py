@@ -4,7 +4,7 @@ For example, with any diagnostics of this package or your own functions of (mode
 
     recorder = Recorder(
         effective_lr=lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch),
-        layers=lambda model, loss: effective_learning_rate_by_layer(model, loss, F.cross_entropy, batch),
+        layers=lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch, by_layer=True),
         every=100,
     )
     for step, batch in enumerate(loader):
@@ -30,8 +30,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.gradients import State
-from analysis.inputs import Loss, preserved, replaced
+from analysis.inputs import Loss, State, preserved, replaced
 
 Diagnostic = Callable[[nn.Module, Loss], Any]
 """(model, loss) -> a mapping, Series or dataclass of numbers (one row), or a DataFrame (any number of rows)."""

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.inputs import require_columns
-from analysis.statistics import check_runs, holm, summarise, without_rounding
+from analysis.statistics import check_runs, holm, paired_test, summarise, without_rounding
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,15 @@ def render(table: pd.DataFrame, format: str = "markdown", caption: str = "") -> 
 
 
 def _arrows(group: pd.DataFrame, reference: str, value: str, confidence: float) -> dict[str, str]:
-    """Methods of one task that differ from the reference, and in which direction."""
+    """Methods of one task that differ from the reference, by Wilcoxon's test with Holm's correction, and how."""
     errors = group.pivot(index="seed", columns="method", values=value).astype(float)
     if reference not in errors:
         return {}
     pairs = {m: errors[[m, reference]].dropna().to_numpy().T for m in errors if m != reference}
-    differences = {m: without_rounding(a, b) for m, (a, b) in pairs.items() if len(a) > 1}
-    pvalues = [stats.wilcoxon(d).pvalue if d.any() else 1.0 for d in differences.values()]
-    adjusted = dict(zip(differences, holm(pvalues), strict=True))
-    ranks = {m: np.sign(d) @ stats.rankdata(np.abs(d)) for m, d in differences.items()}
+    pairs = {m: pair for m, pair in pairs.items() if len(pair[0]) > 1}
+    adjusted = dict(zip(pairs, holm([paired_test(*pair).wilcoxon_pvalue for pair in pairs.values()]), strict=True))
+    differences = {m: without_rounding(a, b) for m, (a, b) in pairs.items()}
+    ranks = {m: np.sign(d) @ stats.rankdata(np.abs(d)) for m, d in differences.items()}  # on which side the test is
     return {m: "lower" if ranks[m] < 0 else "higher" for m in ranks if adjusted[m] < 1 - confidence}
 
 

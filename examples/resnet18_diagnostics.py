@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import resnet18
 
-from analysis.curvature import adaptive_sharpness, plot_spectral_density, sharpness, spectral_density, top_eigenpairs
+from analysis.curvature import plot_spectral_density, sharpness, spectral_density, top_eigenpairs
 from analysis.gradients import gradient_cosine, gradient_norms, plot_layers
 from analysis.landscape import barrier, interpolate, line, plane, plot_line, plot_plane, plot_trajectory, trajectory
 from analysis.loss_shapes import loss_curves, plot_loss_curves
@@ -53,7 +53,7 @@ def main(folder: Path, images: int = 8, size: int = 32, steps: int = 4, points: 
     pair = top_eigenpairs(model, smoothed, batch, tolerance=0.05, **at)
     print(f"largest eigenvalue of the Hessian  {pair.values[0]:.3g}")
     print(f"sharpness, adaptive sharpness      {sharpness(model, smoothed, batch, **at):.3g}", end=", ")
-    print(f"{adaptive_sharpness(model, smoothed, batch, **at):.3g}")
+    print(f"{sharpness(model, smoothed, batch, adaptive=True, **at):.3g}")
     print(f"gradient cosine, training and new  {gradient_cosine(model, smoothed, batch, valid):.3g}")
     whole = interpolate(
         model, smoothed, batch, checkpoints[0], checkpoints[-1], positions=np.linspace(0, 1, points), **at

@@ -33,8 +33,8 @@ from adalfl_lite.learn import LearningRate, initialise_learning_rate
 from adalfl_lite.losses import Loss
 from analysis.calibration import calibration_scores, predictions
 from analysis.early_stopping import push_and_gap
-from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer
-from analysis.gradients import layers
+from analysis.effective_lr import effective_learning_rate
+from analysis.inputs import layers
 from analysis.label_smoothing import implied_label_smoothing, logit_statistics, resting_point, target_gradients
 
 FORMAT = "adalfl-phenomena-1"
@@ -335,7 +335,7 @@ class Run:
         row = push_and_gap(model, loss, F.cross_entropy, train, valid)
         if isinstance(loss, LossNetwork):
             row |= vars(effective_learning_rate(model, loss, F.cross_entropy, train))
-            found = effective_learning_rate_by_layer(model, loss, F.cross_entropy, train)
+            found = effective_learning_rate(model, loss, F.cross_entropy, train, by_layer=True)
             rows += found.assign(kind="layer").to_dict("records")
             fit = vars(implied_label_smoothing(model, loss, train))
             rest = resting_point(target_gradients(model, loss, train), self.data.outputs)

@@ -20,7 +20,6 @@ from analysis.attribution import (
     compare_attributions,
     grad_cam,
     integrated_gradients,
-    layer_integrated_gradients,
     occlusion,
     plot_feature_attributions,
     plot_image_attribution,
@@ -115,7 +114,7 @@ def test_chunks_do_not_matter(chunk_size):
     for method in (integrated_gradients, occlusion):
         whole, parts = method(model, x, baseline=b), method(model, x, baseline=b, chunk_size=chunk_size)
         torch.testing.assert_close(parts.values, whole.values, rtol=0, atol=1e-13)
-    cam = [grad_cam(convnet(), "2", images(), chunk_size=size).values for size in (chunk_size, 3)]
+    cam = [grad_cam(convnet(), images(), "2", chunk_size=size).values for size in (chunk_size, 3)]
     torch.testing.assert_close(*cam, rtol=0, atol=1e-13)
 
 
@@ -134,7 +133,7 @@ def test_a_single_output_needs_no_target(shape):
 def test_a_layers_attributions_are_those_of_the_model_above_it(layer):
     model, x = convnet(), images()
     model.requires_grad_(False)
-    result = layer_integrated_gradients(model, layer, x, 2, baseline=0.3)
+    result = integrated_gradients(model, x, 2, baseline=0.3, layer=layer)
     below, above = convnet()[: int(layer) + 1], convnet()[int(layer) + 1 :]
     below[1 if len(below) > 1 else 0].inplace = False
     with torch.no_grad():
@@ -157,15 +156,15 @@ def test_a_layers_attributions_are_complete_unless_a_connection_passes_it_by():
             return self.head(self.branch(x).sigmoid() + self.passing * x)
 
     whole, around = Residual(0.0).double(), Residual(1.0).double()
-    assert layer_integrated_gradients(whole, "branch", table()).delta.abs().max() < 1e-6
-    assert layer_integrated_gradients(around, "branch", table()).delta.abs().max() > 1e-2
-    assert layer_integrated_gradients(around, "stem", table()).delta.abs().max() < 1e-6
+    assert integrated_gradients(whole, table(), layer="branch").delta.abs().max() < 1e-6
+    assert integrated_gradients(around, table(), layer="branch").delta.abs().max() > 1e-2
+    assert integrated_gradients(around, table(), layer="stem").delta.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_grad_cam_by_hand(relu):
     model, x = convnet(), images()
-    result = grad_cam(model, "2", x, relu=relu)
+    result = grad_cam(model, x, "2", relu=relu)
     model[1].inplace = False
     maps = model[:3](x).detach().requires_grad_()
     outputs = model[3:](maps)
@@ -229,7 +228,7 @@ def test_agreement_with_itself_with_its_negative_and_with_a_permutation():
 
 @pytest.mark.parametrize(
     "method, options",
-    [(integrated_gradients, {}), (occlusion, {"window": 2}), (layer_integrated_gradients, {"layer": "1"})],
+    [(integrated_gradients, {}), (occlusion, {"window": 2}), (integrated_gradients, {"layer": "1"})],
 )
 def test_a_model_agrees_with_itself_more_than_with_one_of_permuted_inputs(method, options):
     model, permuted, x = mlp(), mlp(), table(20)
@@ -256,11 +255,11 @@ def test_models_are_compared_on_the_output_that_the_first_predicts():
 
 FUNCTIONS = {
     "integrated_gradients": lambda model, x: integrated_gradients(model, x, steps=4),
-    "layer_integrated_gradients": lambda model, x: layer_integrated_gradients(model, "0", x, steps=4),
-    "grad_cam": lambda model, x: grad_cam(model, "2", x),
+    "layer_integrated_gradients": lambda model, x: integrated_gradients(model, x, steps=4, layer="0"),
+    "grad_cam": lambda model, x: grad_cam(model, x, "2"),
     "occlusion": lambda model, x: occlusion(model, x, 4, 4),
     "compare_attributions": lambda model, x: compare_attributions(model, model, x, steps=4),
-    "failing": lambda model, x: pytest.raises(ValueError, layer_integrated_gradients, model, "9", x),
+    "failing": lambda model, x: pytest.raises(ValueError, integrated_gradients, model, x, layer="9"),
 }
 
 
@@ -306,7 +305,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         integrated_gradients(model, x, steps=0)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
-        grad_cam(convnet(), "2", images(), chunk_size=0)
+        grad_cam(convnet(), images(), "2", chunk_size=0)
     with pytest.raises(ValueError, match=r"window 9 is larger than the inputs, of size \(8, 8\)"):
         occlusion(convnet(), images(), 9)
     with pytest.raises(ValueError, match="stride 3 is larger than window 2"):
@@ -318,17 +317,17 @@ def test_bad_input_is_named():
 
 def test_bad_layers_are_named():
     with pytest.raises(ValueError, match="no layer 'conv1'; it has 0, 1, 2, 3, 4, 5"):
-        layer_integrated_gradients(convnet(), "conv1", images())
+        integrated_gradients(convnet(), images(), layer="conv1")
     with pytest.raises(ValueError, match=r"such as a convolution; the inputs are \(3, 2, 8, 8\).*'5' \(3, 1\)"):
-        grad_cam(convnet(), "5", images())
+        grad_cam(convnet(), images(), "5")
     model = mlp()
     model[3] = model[1]  # one tanh, twice
     with pytest.raises(ValueError, match="'3' is called 2 times"):
-        layer_integrated_gradients(model, "3", table())
+        integrated_gradients(model, table(), layer="3")
     model = nn.Sequential(nn.Linear(6, 3).double())
     model[0].unused = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="'0.unused' is called 0 times"):
-        layer_integrated_gradients(model, "0.unused", table())
+        integrated_gradients(model, table(), layer="0.unused")
 
     class Last(nn.Module):
         def forward(self, states):
@@ -336,7 +335,7 @@ def test_bad_layers_are_named():
 
     model = nn.Sequential(nn.LSTM(6, 3), Last()).double()
     with pytest.raises(ValueError, match="return one tensor, but '0' returns tuple"):
-        layer_integrated_gradients(model, "0", table())
+        integrated_gradients(model, table(), layer="0")
 
 
 def test_bad_attributions_are_named():

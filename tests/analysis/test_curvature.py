@@ -18,7 +18,6 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from adalfl_lite.losses.network import LossNetwork
 from analysis.curvature import (
     SpectralDensity,
-    adaptive_sharpness,
     plot_spectral_density,
     sharpness,
     spectral_density,
@@ -231,7 +230,9 @@ def test_sharpness_by_hand(make, loss):
     x, y = data(model)
     batches = [(x[:10], y[:10]), (x[10:], y[10:])]
     assert sharpness(model, loss, batches) == pytest.approx(by_hand(model, loss, batches, 0.05, False), rel=1e-9)
-    assert adaptive_sharpness(model, loss, batches) == pytest.approx(by_hand(model, loss, batches, 0.5, True), rel=1e-9)
+    assert sharpness(model, loss, batches, adaptive=True) == pytest.approx(
+        by_hand(model, loss, batches, 0.5, True), rel=1e-9
+    )
     assert sharpness(model, loss, batches, 0.2) > 1.5 * sharpness(model, loss, batches, 0.1) > 0
 
 
@@ -242,7 +243,7 @@ def test_adaptive_sharpness_does_not_see_a_rescaling():
         for parameter in scaled[0].parameters():
             parameter *= 8
         scaled[2].weight /= 8
-    first, second = (adaptive_sharpness(m, F.cross_entropy, data(model)) for m in (model, scaled))
+    first, second = (sharpness(m, F.cross_entropy, data(model), adaptive=True) for m in (model, scaled))
     assert second == pytest.approx(first, rel=1e-10)
     first, second = (sharpness(m, F.cross_entropy, data(model)) for m in (model, scaled))
     assert second > 2 * first
@@ -263,7 +264,7 @@ def test_a_quadratic_is_known():
     step = 0.1 * gradient / gradient.norm()
     rise = gradient @ step + 0.5 * step @ torch.diag(torch.tensor([1, 0.25, 0, 2.25])).double() @ step
     assert sharpness(model, loss, batch, 0.1) == pytest.approx(rise.item(), rel=1e-12)
-    assert adaptive_sharpness(model, loss, batch) == 0  # nothing can move: the weights are zero
+    assert sharpness(model, loss, batch, adaptive=True) == 0  # nothing can move: the weights are zero
 
 
 def test_single_precision_agrees_with_double():
@@ -274,7 +275,7 @@ def test_single_precision_agrees_with_double():
     pairs = top_eigenpairs(*single, 2)
     assert pairs.values.dtype == np.float64 and flat(pairs.vectors[0]).dtype == torch.float32
     np.testing.assert_allclose(pairs.values, top_eigenpairs(*double, 2).values, rtol=1e-5)
-    for function in (sharpness, adaptive_sharpness, lambda *arguments: trace(*arguments, method="exact").value):
+    for function in (sharpness, lambda *arguments: trace(*arguments, method="exact").value):
         assert function(*single) == pytest.approx(function(*double), rel=1e-3)
     assert spectral_density(*single, nodes=8).density.dtype == np.float64
 
@@ -301,7 +302,7 @@ FUNCTIONS = {
     "trace": lambda model, batch: trace(model, F.cross_entropy, batch, batchnorm="train"),
     "spectral_density": lambda model, batch: spectral_density(model, F.cross_entropy, batch, nodes=4),
     "sharpness": lambda model, batch: sharpness(model, F.cross_entropy, batch, batchnorm="train"),
-    "adaptive_sharpness": lambda model, batch: adaptive_sharpness(model, F.cross_entropy, batch),
+    "adaptive_sharpness": lambda model, batch: sharpness(model, F.cross_entropy, batch, adaptive=True),
 }
 
 

@@ -16,7 +16,6 @@ from adalfl_lite.losses.network import LossNetwork
 from analysis.effective_lr import (
     decompose,
     effective_learning_rate,
-    effective_learning_rate_by_layer,
     implied_schedule,
     plot_layer_schedule,
     plot_schedule,
@@ -62,7 +61,9 @@ def test_a_multiple_of_the_task_loss_is_a_learning_rate(k):
     assert found.scale == pytest.approx(k, rel=1e-12)
     assert found.cosine == pytest.approx(np.sign(k), abs=1e-12)
     assert found.residual_ratio < 1e-12
-    layers = effective_learning_rate_by_layer(model, lambda p, y: k * F.cross_entropy(p, y), F.cross_entropy, data)
+    layers = effective_learning_rate(
+        model, lambda p, y: k * F.cross_entropy(p, y), F.cross_entropy, data, by_layer=True
+    )
     np.testing.assert_allclose(layers.scale, k, rtol=1e-12)
 
 
@@ -76,7 +77,7 @@ def test_a_multiple_is_found_in_float32():
 def test_a_learned_loss_against_plain_autograd(training):
     model, data, loss = convnet().train(training), images(), learned_loss()
     m, t = backward(model, loss, data), backward(model, F.cross_entropy, data)
-    by_layer = effective_learning_rate_by_layer(model, loss, F.cross_entropy, data).set_index("layer")
+    by_layer = effective_learning_rate(model, loss, F.cross_entropy, data, by_layer=True).set_index("layer")
     assert list(by_layer.index) == ["0", "1", "4"]
     pairs = [(by_layer.loc[name], m[name], t[name]) for name in m]
     pairs.append(
@@ -164,7 +165,7 @@ def test_training_under_the_schedule_imitates_a_loss_that_is_one():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [effective_learning_rate, effective_learning_rate_by_layer])
+@pytest.mark.parametrize("function", [effective_learning_rate])
 def test_the_model_and_the_loss_are_left_as_they_were(function, unchanged):
     model, data, loss = convnet(), images(), learned_loss()
     model.insert(4, nn.Dropout(0.3))
@@ -180,7 +181,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="NaN"):
         effective_learning_rate(model, F.cross_entropy, F.cross_entropy, (x / 0, y))
     with pytest.raises(ValueError, match="no data"):
-        effective_learning_rate_by_layer(model, F.cross_entropy, F.cross_entropy, [])
+        effective_learning_rate(model, F.cross_entropy, F.cross_entropy, [], by_layer=True)
     with pytest.raises(ValueError, match="finite scalar"):
         effective_learning_rate(model, lambda p, y: p.sum() * float("nan"), F.cross_entropy, (x, y))
     with pytest.raises(ValueError, match="unfreeze"):

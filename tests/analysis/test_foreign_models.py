@@ -38,23 +38,25 @@ def recorded(model, data, loss, layer):
 
 
 CALLS = {
-    "adaptive_sharpness": lambda m, d, loss, layer: an.adaptive_sharpness(m, loss, d),
+    "adaptive_sharpness": lambda m, d, loss, layer: an.sharpness(m, loss, d, adaptive=True),
     "compare_attributions": lambda m, d, loss, layer: an.compare_attributions(
-        m, m, d[0], method=an.layer_integrated_gradients, layer=layer, steps=4, baseline=0, top_k=2
+        m, m, d[0], method=an.integrated_gradients, layer=layer, steps=4, baseline=0, top_k=2
     ),
     "effective_learning_rate": lambda m, d, loss, layer: an.effective_learning_rate(m, loss, ce, d),
-    "effective_learning_rate_by_layer": lambda m, d, loss, layer: an.effective_learning_rate_by_layer(m, loss, ce, d),
-    "grad_cam": lambda m, d, loss, layer: an.grad_cam(m, layer, d[0]),
+    "effective_learning_rate_by_layer": lambda m, d, loss, layer: an.effective_learning_rate(
+        m, loss, ce, d, by_layer=True
+    ),
+    "grad_cam": lambda m, d, loss, layer: an.grad_cam(m, d[0], layer),
     "gradient_cosine": lambda m, d, loss, layer: an.gradient_cosine(m, loss, d, d),
     "gradient_noise": lambda m, d, loss, layer: an.gradient_noise(m, loss, d),
-    "gradient_noise_by_layer": lambda m, d, loss, layer: an.gradient_noise_by_layer(m, loss, d),
+    "gradient_noise_by_layer": lambda m, d, loss, layer: an.gradient_noise(m, loss, d, by_layer=True),
     "gradient_norms": lambda m, d, loss, layer: an.gradient_norms(m, loss, d),
     "implied_label_smoothing": lambda m, d, loss, layer: an.implied_label_smoothing(m, loss, d),
     "influence": lambda m, d, loss, layer: an.influence(m, loss, d, d, ce, 0.1),
     "integrated_gradients": lambda m, d, loss, layer: an.integrated_gradients(m, d[0], steps=4),
     "interpolate": lambda m, d, loss, layer: an.interpolate(m, loss, d, *shifted(m)[:2], positions=[0, 1]),
-    "layer_integrated_gradients": lambda m, d, loss, layer: an.layer_integrated_gradients(
-        m, layer, d[0], steps=4, baseline=0
+    "layer_integrated_gradients": lambda m, d, loss, layer: an.integrated_gradients(
+        m, d[0], layer=layer, steps=4, baseline=0
     ),
     "line": lambda m, d, loss, layer: an.line(m, loss, d, positions=[0, 0.1], batchnorm="recalibrate"),
     "logit_statistics": lambda m, d, loss, layer: an.logit_statistics(m, d),

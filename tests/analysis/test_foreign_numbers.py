@@ -298,7 +298,7 @@ def text_model():
 @pytest.mark.parametrize("baseline", [0, torch.tensor([0, 0, 1, 1, 2])])
 def test_token_ids_are_attributed_to_their_embedding(baseline):
     model, (ids, _) = text_model(), tokens()
-    found = an.layer_integrated_gradients(model, "0", ids, target=1, baseline=baseline, steps=64)
+    found = an.integrated_gradients(model, ids, target=1, baseline=baseline, steps=64, layer="0")
     start = torch.as_tensor(baseline).expand_as(ids)
     captum = LayerIntegratedGradients(model, model[0]).attribute(ids, start, target=1, n_steps=64)
     assert found.values.shape == (6, 5, 3)
@@ -311,7 +311,7 @@ def test_token_ids_are_attributed_to_their_embedding(baseline):
     torch.testing.assert_close(found.values, by_hand, rtol=1e-5, atol=1e-8)
     assert found.delta.abs().max() < 1e-6
     with pytest.raises(ValueError, match="must be ids, whole numbers; got 0.5"):
-        an.layer_integrated_gradients(model, "0", ids, target=1, baseline=0.5)
+        an.integrated_gradients(model, ids, target=1, baseline=0.5, layer="0")
 
 
 @pytest.mark.parametrize(
@@ -323,8 +323,8 @@ def test_in_place_changes_of_a_layers_output(change):
     model = nn.Sequential(first, Applied(change), nn.Flatten(), last).double()
     above = nn.Sequential(Applied(lambda h: change(h.clone())), nn.Flatten(), last)
     with untouched(model):
-        found = an.layer_integrated_gradients(model, "0", x, target=1)
-        cam = an.grad_cam(model, "0", x, target=1, relu=False)
+        found = an.integrated_gradients(model, x, target=1, layer="0")
+        cam = an.grad_cam(model, x, "0", target=1, relu=False)
     hidden, start = first(x).detach(), first(torch.zeros_like(x)).detach()
     expected = IntegratedGradients(above).attribute(hidden, start, target=1, n_steps=64)
     torch.testing.assert_close(found.values, expected.detach(), rtol=1e-9, atol=1e-12)

@@ -17,7 +17,6 @@ from adalfl_lite.losses.network import LossNetwork
 from analysis.gradients import (
     gradient_cosine,
     gradient_noise,
-    gradient_noise_by_layer,
     gradient_norms,
     influence,
     layers,
@@ -144,7 +143,7 @@ def test_noise_is_that_of_the_two_batch_sizes_of_mccandlish():
     assert noise.noise_scale == pytest.approx(noise.trace / noise.squared_norm)
     assert noise.signal_to_noise == pytest.approx((noise.squared_norm / noise.trace) ** 0.5)
     assert noise.examples == n
-    by_layer = gradient_noise_by_layer(model, F.cross_entropy, data)
+    by_layer = gradient_noise(model, F.cross_entropy, data, by_layer=True)
     assert by_layer[["squared_norm", "trace"]].sum().tolist() == pytest.approx([noise.squared_norm, noise.trace])
 
 
@@ -240,7 +239,7 @@ FUNCTIONS = {
     "gradient_cosine": lambda model, data: gradient_cosine(model, F.cross_entropy, data, data),
     "per_sample_gradients": lambda model, data: per_sample_gradients(model, F.cross_entropy, data),
     "gradient_noise": lambda model, data: gradient_noise(model, F.cross_entropy, data),
-    "gradient_noise_by_layer": lambda model, data: gradient_noise_by_layer(model, F.cross_entropy, data),
+    "gradient_noise_by_layer": lambda model, data: gradient_noise(model, F.cross_entropy, data, by_layer=True),
     "influence": lambda model, data: influence(model, F.cross_entropy, data, data, F.cross_entropy, 0.1),
 }
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import analysis
 
 MODULES = sorted(path.stem for path in Path(analysis.__file__).parent.glob("*.py") if path.stem != "__init__")
-INTERNAL = {"cut", "derivatives", "inputs", "matrices", "snapshots"}
+INTERNAL = {"former", "cut", "derivatives", "inputs", "matrices", "snapshots"}
 SHARED = {
     *("check_runs", "colours", "flat", "label", "layers", "legend_above", "on_device", "plain_ticks", "split_state"),
     *("check_value", "one_tensor", "without_rounding"),
@@ -51,8 +52,46 @@ def test_every_function_that_takes_a_model_is_tested_to_leave_it_as_it_was():
     }
     assert len(takers) > 20
     for module, name in sorted(takers):
+        if module == "former":  # functions of other modules
+            continue
         source = (Path(__file__).parent / f"test_{module}.py").read_text(encoding="utf-8")
         tables = re.findall(r"^FUNCTIONS = \{.*?^\}", source, re.M | re.S)
         tests = [test for test in re.split(r"^(?=def |@pytest)", source, flags=re.M) if "with unchanged(" in test]
         marked = re.findall(r"^@pytest.mark.parametrize.*\n(?=def test_the_model)", source, re.M)
         assert tests and any(re.search(rf"\b{name}\b", text) for text in (*tables, *tests, *marked)), name
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "options"),
+    [
+        ("effective_learning_rate_by_layer", "effective_learning_rate", {"by_layer": True}),
+        ("gradient_noise_by_layer", "gradient_noise", {"by_layer": True}),
+        ("adaptive_sharpness", "sharpness", {"adaptive": True}),
+        ("layer_integrated_gradients", "integrated_gradients", {"layer": "0"}),
+    ],
+)
+def test_a_former_name_says_what_it_is_now_and_does_it(former, now, options):
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()), torch.randn(8, 4), torch.arange(8) % 3
+    loss = torch.nn.functional.cross_entropy
+    arguments = {
+        "effective_learning_rate": (model, loss, loss, (x, y)),
+        "integrated_gradients": (model, x),
+    }.get(now, (model, loss, (x, y)))
+    given = (model, "0", x) if now == "integrated_gradients" else arguments
+    with pytest.warns(DeprecationWarning, match=rf"{former} is now {now}\("):
+        found = getattr(analysis, former)(*given)
+    expected = getattr(analysis, now)(*arguments, **options)
+    assert repr(found) == repr(expected)
+
+
+def test_modules_are_loaded_when_they_are_asked_for():
+    code = (
+        "import sys, analysis; before = [m for m in sys.modules if m.startswith(('analysis.', 'captum'))];"
+        "analysis.curvature.trace; assert 'captum' not in sys.modules; analysis.integrated_gradients;"
+        "print(before, 'captum' in sys.modules, 'line' in dir(analysis))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["[]", "True", "True"], done.stderr
+    with pytest.raises(AttributeError, match="module 'analysis' has no attribute 'nothing'"):
+        analysis.nothing  # noqa: B018

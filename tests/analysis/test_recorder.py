@@ -15,7 +15,7 @@ import analysis.recorder
 from adalfl_lite.data.dataset import load_dataset
 from adalfl_lite.losses.network import LossNetwork
 from analysis.early_stopping import push_and_gap
-from analysis.effective_lr import effective_learning_rate, effective_learning_rate_by_layer
+from analysis.effective_lr import effective_learning_rate
 from analysis.label_smoothing import implied_label_smoothing
 from analysis.recorder import Recorder
 from tests.shorthand import fit
@@ -69,7 +69,7 @@ def test_a_run_is_the_same_with_and_without():
     recorder = Recorder(
         careless=careless,
         whole=lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch),
-        layers=lambda model, loss: effective_learning_rate_by_layer(model, loss, F.cross_entropy, batch),
+        layers=lambda model, loss: effective_learning_rate(model, loss, F.cross_entropy, batch, by_layer=True),
     )
     runs = []
     for callback in (None, recorder):
