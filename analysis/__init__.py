@@ -77,7 +77,7 @@ NAMES = {
         "Improvement Interval PairedTest bootstrap_interval cohens_d compare_methods holm interquartile_mean "
         "paired_test probability_of_improvement summarise"
     ),
-    "tables": "comparison_table render",
+    "tables": "comparison_table markdown render",
     "former": "adaptive_sharpness effective_learning_rate_by_layer gradient_noise_by_layer layer_integrated_gradients",
 }
 """Every public name, under the module that has it."""

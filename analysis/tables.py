@@ -125,7 +125,8 @@ def _cell(row: tuple, style: _Format) -> str:
     return text + (f" ({count} diverged)" if count else "")
 
 
-def _markdown(header: list[str], body: list[list[str]], caption: str) -> str:
+def markdown(header: list[str], body: list[list[str]], caption: str = "") -> str:
+    """A table of text in Markdown: the first column to the left, the others to the right; a caption below it."""
     rows = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + (f"\n\n{caption}" if caption else "") + "\n"
 
@@ -161,7 +162,7 @@ FORMATS = {
         bold=lambda text: f"**{text}**",
         plus_minus="±",
         arrows={"lower": "↓", "higher": "↑"},
-        table=_markdown,
+        table=markdown,
     ),
     "latex": _Format(
         escape=_escape_latex,

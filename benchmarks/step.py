@@ -294,7 +294,8 @@ def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_me
     table["memory_ratio"] = memory / memory["plain"]
     print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
     command = " ".join(["python benchmarks/step.py", *sys.argv[1:]])
-    labels = {"model": name, "batch_size": batch_size, "command": command, **provenance()}
+    peers = {peer: version(peer) for peer in ("higher", "torchopt") if peer in engines}
+    labels = {"model": name, "batch_size": batch_size, "command": command, **provenance(), **peers}
     table = table.rename_axis("engine").reset_index().assign(**labels)
     return json.loads(table.to_json(orient="records"))  # NaN becomes null
 
@@ -318,9 +319,8 @@ if __name__ == "__main__":
         print(own_peak_memory(*options.memory_of, options.batch_size))
         sys.exit()
     engines = ["plain", *(engine for engine in options.engines if engine != "plain")]
-    peers = {name: version(name) for name in ("higher", "torchopt") if name in engines}
     result = json.loads(options.output.read_text()) if options.output.exists() else {"rows": [], "profiles": {}}
-    result |= {"threads": 1, "peers": peers}
+    result["threads"] = 1
     for model in options.models:
         if options.profile:
             spent = pd.DataFrame({name: profile(model, name, options.batch_size) for name in ("plain", "forward")})

@@ -12,7 +12,7 @@ Each imports those above it alone.
 from adalfl_lite.compare.grid import compare, run
 from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, Method, get_method, prepare, train
 from adalfl_lite.compare.recipes import Given, Learned, LearnedRate, Replayed, TaskLoss, TaskRate, Tuned, fresh
-from adalfl_lite.compare.results import final_errors, read_results, write_results
+from adalfl_lite.compare.results import final_errors, read_results, tied, write_results
 from adalfl_lite.compare.tasks import TASKS, Task, get_task
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "prepare",
     "read_results",
     "run",
+    "tied",
     "train",
     "write_results",
 ]

@@ -37,6 +37,11 @@ def write_results(results: pd.DataFrame, path: str | os.PathLike) -> None:
         results.to_parquet(temporary, index=False, engine="pyarrow", write_page_checksum=True)
 
 
+def tied(results: pd.DataFrame) -> pd.DataFrame:
+    """Test errors to six digits: those of older files are sums in float32, whose ties would not be ties."""
+    return results.assign(test_error=results.test_error.round(6))
+
+
 def final_errors(results: pd.DataFrame) -> pd.DataFrame:
     """The last row of every job: one row per (task, method, seed), with the columns ``diverged`` and ``cost``.
 

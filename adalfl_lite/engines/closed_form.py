@@ -21,13 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from adalfl_lite.losses.activations import SmoothLeakyReLU
+from adalfl_lite.losses.activations import BY_KIND
 from adalfl_lite.losses.network import LossNetwork
 
 
@@ -86,7 +85,7 @@ def layers_of(network: nn.Sequential, parameters: Sequence[Tensor] | None = None
     remaining = iter(network.parameters() if parameters is None else parameters)
     layers = []
     for linear, activation in zip(modules[::2], modules[1::2], strict=False):
-        if type(linear) is not nn.Linear or type(activation) not in ACTIVATIONS:
+        if type(linear) is not nn.Linear or type(activation) not in BY_KIND:
             return None
         layers.append(Layer(next(remaining), None if linear.bias is None else next(remaining), activation))
     return layers if len(modules) == 2 * len(layers) else None
@@ -110,7 +109,7 @@ def value_and_slope(layers: Sequence[Layer], target: Tensor, output: Tensor) -> 
         weight = layer.weight.mT
         z = value @ weight if layer.bias is None else value @ weight + layer.bias.unsqueeze(-2)
         tangent = slope @ weight
-        activated, derivative, sigmoid, curvature = ACTIVATIONS[type(layer.activation)](layer.activation, z)
+        activated, derivative, sigmoid, curvature = BY_KIND[type(layer.activation)].evaluate(layer.activation, z)
         tape.append(Tape(layer, value, slope, tangent, derivative, sigmoid, curvature))
         value, slope = activated, derivative * tangent
     return value.squeeze(-1), slope.squeeze(-1), tape
@@ -189,38 +188,3 @@ def derivatives(
         return mixed_gradient(tape, torch.cat([weights, -weights], -1) if loss_network.anchored else weights)
 
     return value.sum(-1) / count, to_logits(slope.view(output.shape)) / count, along
-
-
-Activated = tuple[Tensor, Tensor, Tensor | None, float]
-"""σ(z), σ'(z), and a sigmoid and a factor with σ'' = factor · sigmoid (1 − sigmoid); None where σ'' = 0."""
-
-
-def _smooth_leaky_relu(activation: SmoothLeakyReLU, z: Tensor) -> Activated:
-    beta, gamma = activation.beta, activation.gamma
-    sigmoid = (beta * z).sigmoid_()
-    derivative = torch.lerp(sigmoid, torch.ones((), dtype=z.dtype, device=z.device), gamma)
-    # log(1 + e^x) = x − log sigmoid(x), three times as fast; where that rounds, the value is near 0
-    tiny = torch.finfo(z.dtype).tiny
-    softplus = sigmoid.clamp_min(tiny).log_().mul_(-1 / beta).add_(z).clamp_min_(0)
-    return softplus.lerp_(z, gamma), derivative, sigmoid, (1 - gamma) * beta
-
-
-def _softplus(activation: nn.Softplus, z: Tensor) -> Activated:
-    sigmoid = torch.sigmoid(activation.beta * z)
-    return activation(z), sigmoid, sigmoid, activation.beta
-
-
-def _relu(activation: nn.ReLU, z: Tensor) -> Activated:
-    return z.clamp_min(0), (z > 0).to(z.dtype), None, 0.0
-
-
-def _identity(activation: nn.Identity, z: Tensor) -> Activated:
-    return z, torch.ones_like(z), None, 0.0
-
-
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any, Tensor], Activated]] = {
-    SmoothLeakyReLU: _smooth_leaky_relu,
-    nn.Softplus: _softplus,
-    nn.ReLU: _relu,
-    nn.Identity: _identity,
-}

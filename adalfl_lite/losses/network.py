@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adalfl_lite.losses.activations import _activation, _slope
+from adalfl_lite.losses.activations import BY_KIND, make_activation
 from adalfl_lite.losses.stored import StoredLoss
 from adalfl_lite.losses.task import check_kind, output_pairs
 
@@ -95,7 +95,7 @@ class LossNetwork(StoredLoss):
             if bias:
                 nn.init.zeros_(layer.bias)
             last = position == len(widths) - 2
-            layers += [layer, _activation(output_activation if last else activation, beta, gamma)]
+            layers += [layer, make_activation(output_activation if last else activation, beta, gamma)]
         self.network = nn.Sequential(*layers)
 
     @classmethod
@@ -176,7 +176,11 @@ class LossNetwork(StoredLoss):
         value = torch.stack([target, target], dim=-1)
         slope = torch.stack([torch.zeros_like(target), torch.ones_like(target)], dim=-1)
         for layer in self.network:
-            slope = F.linear(slope, layer.weight) if isinstance(layer, nn.Linear) else slope * _slope(layer, value)
+            slope = (
+                F.linear(slope, layer.weight)
+                if isinstance(layer, nn.Linear)
+                else slope * BY_KIND[type(layer)].slope(layer, value)
+            )
             value = layer(value)
         return value.squeeze(-1), slope.squeeze(-1)
 

@@ -24,11 +24,13 @@ def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) 
         raise TypeError(f"split must be a Split, such as data.test, got {type(split).__name__}")
     if not len(split):
         raise ValueError("the split is empty; there is nothing to evaluate on")
-    totals = [0.0, 0.0]
+    error = loss = 0.0
     with eval_mode(model):
         for start in range(0, len(split), batch_size):
             inputs, targets = split[start : start + batch_size]
             prediction = check_output(model(inputs)).float()
-            for i, measure in enumerate((task_error(kind), task_loss(kind))):
-                totals[i] += measure(prediction, targets).item() * len(targets)
-    return totals[0] / len(split), totals[1] / len(split)
+            wrong = task_error(kind)(prediction, targets).item() * len(targets)
+            # a whole number of examples, so that equal counts give equal errors
+            error += round(wrong) if kind == "classification" else wrong
+            loss += task_loss(kind)(prediction, targets).item() * len(targets)
+    return error / len(split), loss / len(split)

@@ -5,28 +5,21 @@ tables of results and of speed into README.md. The tests compare both with what 
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+from names import MODELS, PEERS
 
-from adalfl_lite.compare import final_errors
+from adalfl_lite.compare import final_errors, tied
 from adalfl_lite.files import atomic_path
 from analysis.statistics import summarise
+from analysis.tables import markdown
 
 HERE = Path(__file__).parent
 EXECUTED = HERE.parent / "_build" / "jupyter_execute"
 README = HERE.parents[1] / "README.md"
 STEPS = HERE.parents[1] / "benchmarks" / "results" / "step.json"
-MODELS = {
-    "mlp64": "MLP 64-64-10",
-    "lenet5": "LeNet-5",
-    "allcnn_c": "AllCNN-C",
-    "resnet18": "ResNet-18",
-    "wrn16_8": "WRN-16-8",
-}
 SHOWN = ["handcrafted", "handcrafted-tuned", "ml3", "offline", "online"]
-PEERS = ["functional", "higher", "torchopt"]
 
 
 def glued(chapter: str) -> dict[str, float]:
@@ -42,13 +35,12 @@ def chapters() -> list[str]:
 
 def results_table() -> str:
     """Mean test errors with intervals, tasks in rows and the main methods in columns, as Markdown."""
-    final = final_errors(pd.read_parquet(HERE / "comparison.parquet"))
-    final["test_error"] = final.test_error.round(6)  # of sums in float32: ties are ties
+    final = final_errors(tied(pd.read_parquet(HERE / "comparison.parquet")))
     summary = summarise(final[final.method.isin(SHOWN)])
     cells = summary.assign(cell=[f"{r.mean:.4f} [{r.low:.4f}, {r.high:.4f}]" for r in summary.itertuples()])
     table = cells.pivot(index="task", columns="method", values="cell").loc[summary.task.unique(), SHOWN]
     table.insert(0, "seeds", final.groupby("task").seed.nunique().astype(str))
-    return markdown(["task", *table.columns], table.itertuples(name=None))
+    return markdown(["task", *table.columns], [list(row) for row in table.itertuples(name=None)])
 
 
 def speed_table() -> str:
@@ -67,11 +59,6 @@ def speed_table() -> str:
         peer = f"{peers.min():.2f} ({peers.idxmin()})"
         lines.append([name, str(row.rounds), quartiles, f"{ours.shared:.2f}", peer, times])
     return markdown(["model", "rounds", "exact", "shared", "fastest peer", "peer / exact"], lines)
-
-
-def markdown(header: list[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
 
 
 def put_into_readme(name: str, table: str) -> None:

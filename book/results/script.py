@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from adalfl_lite.files import atomic_path
 from adalfl_lite.provenance import provenance
 
 HERE = Path(__file__).parent
-CHECKSUMS = HERE / "checksums.json"
-"""SHA-256 of every stored table, by its name: a table that was changed by anything but its script is noticed."""
+CHECKSUMS = HERE / "checksums.txt"
+"""SHA-256 of every stored table, as ``sha256sum`` writes them: what anything but its script changed is noticed."""
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -54,9 +53,14 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def checksums() -> dict[str, str]:
+    """What is kept: name -> SHA-256."""
+    lines = CHECKSUMS.read_text().splitlines() if CHECKSUMS.exists() else []
+    return {name: digits for digits, name in (line.split("  ") for line in lines)}
+
+
 def note(path: Path) -> None:
     """Put a file's checksum among those that are kept."""
-    known = json.loads(CHECKSUMS.read_text()) if CHECKSUMS.exists() else {}
-    known[path.name] = checksum(path)
+    known = checksums() | {path.name: checksum(path)}
     with atomic_path(CHECKSUMS) as temporary:
-        temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        temporary.write_text("".join(f"{known[name]}  {name}\n" for name in sorted(known)))
