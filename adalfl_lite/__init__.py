@@ -1,6 +1,6 @@
 """Online loss function learning: a small network is the loss, and it is learned while the model trains.
 
-Every import goes up this list, from a folder or a file to those above it:
+Every import goes up this list, from a folder or a file to those above it::
 
     checks      what is refused, and in which words
     files       either whole or absent

@@ -1,4 +1,4 @@
-"""Diagnostics of losses and of training, for any model and any loss; nothing here needs the rest of this project.
+"""Diagnostics of losses and of training, for any model and any loss; nothing here needs the rest of this project::
 
     loss_shapes      a loss over the prediction, its derivative, flatness, convexity and asymptotes
     effective_lr     ∇M = c ∇L + r: the learning rate a loss implies, over time and per layer
@@ -77,7 +77,7 @@ NAMES = {
         "Improvement Interval PairedTest bootstrap_interval cohens_d compare_methods holm interquartile_mean "
         "paired_test probability_of_improvement summarise"
     ),
-    "tables": "comparison_table markdown render",
+    "tables": "comparison_table render",
     "former": "adaptive_sharpness effective_learning_rate_by_layer gradient_noise_by_layer layer_integrated_gradients",
 }
 """Every public name, under the module that has it."""

@@ -2,7 +2,7 @@ r"""Attribution: which inputs, or which places in a layer, an output rests on; t
 
 Attributions explain f(x), one output of the model per example: the raw output, thus a logit in classification (wrap
 the model with a softmax to explain probabilities). Methods return an :class:`Attribution`; models are compared by how
-far they rest on the same inputs:
+far they rest on the same inputs::
 
     explained = integrated_gradients(model, images)
     agreement = compare_attributions(model, other, images, method=integrated_gradients, baseline=0.0)

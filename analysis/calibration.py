@@ -2,7 +2,7 @@ r"""Calibration: does a classifier that is 90% sure err once in ten?
 
 The confidence of an example is the probability p̂ of its predicted class; a calibrated model is right on a fraction p
 of the examples with confidence p. Every function takes logits and targets, and :func:`predictions` collects those of a
-model over a loader, so that they compose:
+model over a loader, so that they compose::
 
     scores = calibration_scores(*predictions(model, loader))
     ax = plot_reliability(reliability_table(*predictions(model, loader)))
@@ -56,8 +56,8 @@ class CalibrationScores:
         examples: the number N of examples.
         accuracy: fraction of correct predictions.
         confidence: mean p̂; above the accuracy, the model is overconfident.
-        ece: expected calibration error over bins of equal width, Σ_b n_b/N |accuracy_b − confidence_b|.
-        mce: the largest |accuracy_b − confidence_b| of these bins; noisy where a bin holds few examples.
+        ece: expected calibration error over bins of equal width, Σ_b n_b/N abs(accuracy_b − confidence_b).
+        mce: the largest abs(accuracy_b − confidence_b) of these bins; noisy where a bin holds few examples.
         adaptive_ece: the expected calibration error over bins that hold equally many examples.
         nll: negative log-likelihood, the cross-entropy, in nats.
         brier: mean over examples of Σ_c (p_c − 1[c = y])², in [0, 2].
@@ -266,5 +266,5 @@ def _at_least_one(bins: int) -> int:
 
 
 def _ece(table: pd.DataFrame) -> float:
-    """Σ_b n_b/N |accuracy_b − confidence_b| over the bins of a reliability table."""
+    """Σ_b n_b/N abs(accuracy_b − confidence_b) over the bins of a reliability table."""
     return float((table["fraction"] * table["gap"].abs()).sum())

@@ -103,7 +103,7 @@ def top_eigenpairs(
             curvature) or "magnitude" (from the largest absolute value down).
         matrix: "hessian" or "ggn".
         batchnorm: "eval" or "train".
-        tolerance: of the residual ‖Av − λv‖, relative to |λ|; the error of a well separated λ is of its square.
+        tolerance: of the residual ‖Av − λv‖, relative to the size of λ; a well separated λ has an error of its square.
         seed: of the vector to start from.
 
     Returns:

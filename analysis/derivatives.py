@@ -2,9 +2,9 @@
 
 For f = f_θ(x) a backward pass gives Jᵀs. Forward mode gives J w, but it looks into blocks under ``torch.no_grad``,
 which a backward pass holds constant, and not at hooks and at backward passes written by hand, which change what a
-backward pass gives. So J w is taken here from the backward pass itself, by a second one: Jᵀs is linear in s, and
+backward pass gives. So J w is taken here from the backward pass itself, by a second one: Jᵀs is linear in s, and ::
 
-    J w = ∇_s ⟨Jᵀs, w⟩,        ⟨Jᵀs, w⟩ = ⟨s, J w⟩.                                                      (1)
+    J w = ∇_s ⟨Jᵀs, w⟩,        ⟨Jᵀs, w⟩ = ⟨s, J w⟩.    (1)
 
 The second equation is checked: it fails where a backward pass is not linear in s, or its own derivative in torch is
 wrong.

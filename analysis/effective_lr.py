@@ -1,8 +1,8 @@
 r"""The learning rate that a loss implies: how much of its gradient is the task loss's gradient, rescaled.
 
-For a loss M that trains, learned or not, and the task loss L, both differentiated along θ on the same data,
+For a loss M that trains, learned or not, and the task loss L, both differentiated along θ on the same data, ::
 
-    ∇M = c ∇L + r,        c = ⟨∇M, ∇L⟩ / ‖∇L‖²,        ⟨r, ∇L⟩ = 0.                                         (1)
+    ∇M = c ∇L + r,        c = ⟨∇M, ∇L⟩ / ‖∇L‖²,        ⟨r, ∇L⟩ = 0.    (1)
 
 A step on M with learning rate α is a step on L with learning rate c·α, plus a part −α r that no learning rate explains.
 c(t)·α over training is the schedule that M implies; ‖r‖/‖∇M‖ = √(1 − cos²) says how much that leaves out.

@@ -127,13 +127,13 @@ class GradientNoise:
     """The mean and the spread of per-sample gradients, see :func:`gradient_noise`."""
 
     squared_norm: float
-    """Unbiased estimate of |G|², G the expected gradient; it can be negative where noise hides G."""
+    """Unbiased estimate of ‖G‖², G the expected gradient; it can be negative where noise hides G."""
     trace: float
     """Unbiased estimate of tr(Σ), Σ the covariance of a single example's gradient."""
     noise_scale: float
-    """B = tr(Σ) / |G|², in examples; infinite where the estimate of |G|² is not positive."""
+    """B = tr(Σ) / ‖G‖², in examples; infinite where the estimate of ‖G‖² is not positive."""
     signal_to_noise: float
-    """|G| / √tr(Σ) of a single example; a batch of b has √b times as much. Zero where |G|² is not positive."""
+    """‖G‖ / √tr(Σ) of a single example; a batch of b has √b times as much. Zero where ‖G‖² is not positive."""
     examples: int
     """The number N of examples."""
 
@@ -171,11 +171,11 @@ def gradient_noise(
     *,
     by_layer: bool = False,
 ) -> GradientNoise | pd.DataFrame:
-    r"""Signal-to-noise ratio of the gradient and the simple noise scale B = tr(Σ)/|G|² (McCandlish et al. 2018, §2.2).
+    r"""Signal-to-noise ratio of the gradient and the simple noise scale B = tr(Σ)/‖G‖² (McCandlish et al. 2018, §2.2).
 
-    From the gradients g_1 … g_N of single examples, with mean ḡ, the unbiased estimates are
+    From the gradients g_1 … g_N of single examples, with mean ḡ, the unbiased estimates are ::
 
-        tr(Σ) = 1/(N − 1) Σ_i ‖g_i − ḡ‖²,        |G|² = ‖ḡ‖² − tr(Σ)/N,
+        tr(Σ) = 1/(N − 1) Σ_i ‖g_i − ḡ‖²,        ‖G‖² = ‖ḡ‖² − tr(Σ)/N,
 
     which are those of their appendix A.1 for batches of 1 and of N examples. (Their ratio B is not unbiased.) B is the
     batch size at which noise and signal weigh the same: much smaller batches waste no examples, much larger ones do.
@@ -229,17 +229,17 @@ def influence(
 
     Take one step of plain gradient descent on the training batch, θ' = θ − α ∇_θ M, with M = M(f(θ; x), y) the loss
     that trains (learned or not) and α the learning rate, and let v = ∇L_T be the gradient of the task loss on
-    ``meta_data``. By the chain rule ∇_θ M = Σ_b J_bᵀ ∂M/∂f_b, with J_b = J_f(θ; x_b), so to first order in α
+    ``meta_data``. By the chain rule ∇_θ M = Σ_b J_bᵀ ∂M/∂f_b, with J_b = J_f(θ; x_b), so to first order in α ::
 
-        L_T(θ') − L_T(θ) ≈ ⟨v, θ' − θ⟩ = Σ_b ⟨∂M/∂f_b, −α J_b v⟩ = Σ_b ⟨∂M/∂f_b, u_b⟩ = Σ_b s_b .            (1)
+        L_T(θ') − L_T(θ) ≈ ⟨v, θ' − θ⟩ = Σ_b ⟨∂M/∂f_b, −α J_b v⟩ = Σ_b ⟨∂M/∂f_b, u_b⟩ = Σ_b s_b .    (1)
 
     s_b < 0 means that the step's part due to example b lowers the task loss, s_b > 0 that it raises it. The same number
     read from the other side: u_b is how example b's output would move if θ took a step −αv down the *task* loss, so
     Σ_b s_b is also the first-order change of M under that step.
 
-    If M = M_φ is learned, differentiating (1) along φ, with v held where it is taken, gives the meta-gradient
+    If M = M_φ is learned, differentiating (1) along φ, with v held where it is taken, gives the meta-gradient ::
 
-        ∇_φ L_T = Σ_b ∇_φ ⟨∂M_φ/∂f_b, u_b⟩ ,                                                                  (2)
+        ∇_φ L_T = Σ_b ∇_φ ⟨∂M_φ/∂f_b, u_b⟩ ,    (2)
 
     exact for v taken at θ' (``meta_state``): row u_b is all that the loss network learns of the model from example b.
     The influences s_b are those of TracIn (Pruthi et al. 2020) with signs turned, averaged over ``meta_data``.

@@ -1,6 +1,6 @@
 """What every diagnostic shares: leave the model as it was found, and refuse data that cannot be meant.
 
-A model is never copied. It is run with other tensors in its slots, and what a pass changes is undone:
+A model is never copied. It is run with other tensors in its slots, and what a pass changes is undone::
 
     preserved    a block around everything: all is put back after it, whatever happened
     evaluation   the same, in eval mode, with a choice of statistics for BatchNorm

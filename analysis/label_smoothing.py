@@ -1,9 +1,9 @@
 r"""Label smoothing that a loss implies: the ε whose smoothed cross-entropy pushes the logits as the loss does.
 
 Cross-entropy with labels smoothed by ε (Szegedy et al. 2016) has, in an example's logits f with p = softmax(f), one-hot
-target y and C classes, the gradient p − (1 − ε) y − ε/C. With a free scale s it is linear in s and in s·ε:
+target y and C classes, the gradient p − (1 − ε) y − ε/C. With a free scale s it is linear in s and in s·ε::
 
-    g = s (p − y) + s·ε (y − 1/C),                                                                          (1)
+    g = s (p − y) + s·ε (y − 1/C),    (1)
 
 so the s and ε that fit the gradients ∂M/∂f of any loss M best, in least squares over examples and outputs, have a
 closed form. R² says how much of ∂M/∂f they explain: where it is low, M is no label smoothing, whatever ε is.

@@ -105,7 +105,7 @@ def shape_measures(frame: pd.DataFrame, tol: float = 0.01) -> pd.DataFrame:
 
     All are taken over the drawn range of predictions, from p_1 to p_n, by the trapezoidal rule or at grid points.
 
-    - ``flatness``: fraction of the range where |derivative| < tol · max |derivative|; 1 for a constant loss.
+    - ``flatness``: fraction of the range where abs(derivative) < tol · max abs(derivative); 1 for a constant loss.
     - ``convexity``: fraction of the grid's intervals over which the derivative does not fall (by more than rounding).
     - ``left_slope``, ``right_slope``: the derivative at p_1 and at p_n; the slopes of the asymptotes if the range is
       wide enough for the loss to have reached them.

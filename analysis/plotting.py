@@ -1,4 +1,4 @@
-"""One look for every figure: sizes of a journal page, embedded fonts, colours that survive colour blindness.
+"""One look for every figure: sizes of a journal page, embedded fonts, colours that survive colour blindness::
 
     with theme("column"):
         ax = plot_learning_curves(history)

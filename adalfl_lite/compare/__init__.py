@@ -1,6 +1,6 @@
 """Comparing: which methods, on which tasks, over which seeds.
 
-Each imports those above it alone.
+Each imports those above it alone::
 
     tasks    which model learns which data set, and how
     recipes  how a loss or a learning rate is had: given, learned, searched for, tuned, replayed

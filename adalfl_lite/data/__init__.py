@@ -1,6 +1,6 @@
 """Data sets, as tensors.
 
-Each imports those above it alone.
+Each imports those above it alone::
 
     sources       where data comes from, and how its files are read
     dataset       split, scaled, in batches

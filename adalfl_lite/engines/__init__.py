@@ -1,6 +1,6 @@
 """Engines: one step of a model with a learned loss, and the derivative of what it led to by the loss's weights.
 
-Each imports those above it alone.
+Each imports those above it alone::
 
     updates            torch's optimizers as pure functions, and their derivatives
     closed_form        the derivatives of a loss network that learning it needs

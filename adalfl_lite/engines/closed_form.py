@@ -1,14 +1,14 @@
 """The derivatives of a loss network that learning it needs, in closed form, for one network or a stack of them.
 
 Write ℓ_φ as layers z_k = W_k a_{k−1} + b_k, a_k = σ_k(z_k), with a_0 = (y, p) and ℓ = a_K. Its slope in p is carried
-forward beside the value,
+forward beside the value, ::
 
-    s_0 = (0, 1),     t_k = W_k s_{k−1},     s_k = σ_k'(z_k) t_k,     ∂_p ℓ = s_K,                        (1)
+    s_0 = (0, 1),     t_k = W_k s_{k−1},     s_k = σ_k'(z_k) t_k,     ∂_p ℓ = s_K,    (1)
 
 so that the gradient of M_φ with respect to the outputs takes no backward pass. For weights q, the gradient with
-respect to φ of Σ q ∂_p ℓ, which is what the meta-gradient asks for, comes from one sweep back through (1):
+respect to φ of Σ q ∂_p ℓ, which is what the meta-gradient asks for, comes from one sweep back through (1)::
 
-    t̄_k = σ_k' s̄_k,     z̄_k = σ_k'' t_k s̄_k + σ_k' ā_k,     s̄_{k−1} = t̄_k W_k,     ā_{k−1} = z̄_k W_k,     (2)
+    t̄_k = σ_k' s̄_k,     z̄_k = σ_k'' t_k s̄_k + σ_k' ā_k,     s̄_{k−1} = t̄_k W_k,     ā_{k−1} = z̄_k W_k,    (2)
 
     ∂/∂W_k = t̄_kᵀ s_{k−1} + z̄_kᵀ a_{k−1},     ∂/∂b_k = Σ z̄_k,     from s̄_K = q and ā_K = 0.
 

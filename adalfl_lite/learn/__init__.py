@@ -1,6 +1,6 @@
 """Learning: a loss or a learning rate, before training and during it.
 
-Each imports those above it alone.
+Each imports those above it alone::
 
     base            what trains a model: one that learns nothing beside it, and what all have in common
     online          Algorithm 2: the drop-in step with a loss that is learned

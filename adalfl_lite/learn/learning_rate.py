@@ -1,9 +1,9 @@
 """Algorithms 3 and 4: a meta-learned learning rate, the control that tells how much of AdaLFL is its implied schedule.
 
 The base model keeps its handcrafted loss; what is learned is α, by the *hypergradient* of the task loss after a step.
-The step of SGD, Adam and their relatives is proportional to α: θ' = U(θ, g; α) = θ − α d(θ, g). So, exactly,
+The step of SGD, Adam and their relatives is proportional to α: θ' = U(θ, g; α) = θ − α d(θ, g). So, exactly, ::
 
-    ∂θ'/∂ log α = θ' − θ,      ∂L_T(θ')/∂ log α = ⟨∇_θ' L_T, θ' − θ⟩                                          (1)
+    ∂θ'/∂ log α = θ' − θ,      ∂L_T(θ')/∂ log α = ⟨∇_θ' L_T, θ' − θ⟩    (1)
 
 (momentum's buffer taken as given, as everywhere in one-step meta-learning): the slope of the task loss along the step
 just taken. Where it is positive the step went too far, and α falls. We learn log α, which keeps α positive and its
@@ -107,7 +107,7 @@ class RateStep:
 class OnlineLearningRate(Learner):
     """Algorithm 4: trains a model with a fixed loss and a learning rate that is updated after each step:
 
-        θ ← U(θ, ∇_θ L(train batch); α),     log α ← log α − η ∂L_T(meta batch, θ)/∂ log α                    (2)
+        θ ← U(θ, ∇_θ L(train batch); α),     log α ← log α − η ∂L_T(meta batch, θ)/∂ log α    (2)
 
     The interface of :class:`~adalfl_lite.learn.online.OnlineLoss`, so the two can be exchanged in a loop.
 

@@ -30,7 +30,7 @@ META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
 class OnlineLoss(Learner):
     """Trains a model with a loss network that is updated after each of the model's steps:
 
-        θ ← U(θ, ∇_θ M_φ(train batch)),     φ ← φ − η ∇_φ L_T(meta batch, θ)                             (1)
+        θ ← U(θ, ∇_θ M_φ(train batch)),     φ ← φ − η ∇_φ L_T(meta batch, θ)    (1)
 
     The loop, the data and the optimizer stay yours; replace ``loss.backward(); optimizer.step()`` by :meth:`step`.
 

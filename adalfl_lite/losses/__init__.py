@@ -1,4 +1,4 @@
-"""Losses: what is minimised, all called as (prediction, target) -> scalar.
+"""Losses: what is minimised, all called as (prediction, target) -> scalar::
 
     task         the task losses L_T, and what predictions and targets must look like
     activations  of a loss network, with their derivatives

@@ -13,7 +13,7 @@ AMPLITUDE, PERIOD = 70.0, 5000
 class DynamicalLoss(nn.Module):
     """Cross-entropy with class weights Γ_c(t) that change with the number t of training steps,
 
-        M_t = −1/B Σ_b Γ_{y_b}(t) log p_{y_b},    Γ_c = C Γ̃_c / Σ_k Γ̃_k.                                       (1)
+        M_t = −1/B Σ_b Γ_{y_b}(t) log p_{y_b},    Γ_c = C Γ̃_c / Σ_k Γ̃_k.    (1)
 
     For ``period`` steps one class is emphasised: its Γ̃ goes 1 → A → 1 along a triangle while the others' stay 1; then
     the next class is, and so on in turn. To look at the loss changes nothing: t grows where :meth:`advance` is called,

@@ -51,7 +51,7 @@ def symmetric_cross_entropy(
 
 
 def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Σ_c |y_c − p_c| = 2 (1 − p) in classification, robust to label noise (Ghosh et al. 2017); else |y − f|."""
+    """Σ_c abs(y_c − p_c) = 2 (1 − p) in classification, robust to label noise (Ghosh et al. 2017); else abs(y − f)."""
     if target.is_floating_point():
         check_regression(prediction, target)
         return F.l1_loss(prediction, target)
@@ -59,13 +59,13 @@ def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def huber(prediction: Tensor, target: Tensor, *, delta: float = 1.0) -> Tensor:
-    """½e² where |e| <= δ, δ(|e| − ½δ) beyond (Huber 1964); e = f − y, of standardised targets."""
+    """½e² where abs e <= δ, δ (abs e − ½δ) beyond (Huber 1964); e = f − y, of standardised targets."""
     check_regression(prediction, target)
     return F.huber_loss(prediction, target, delta=delta)
 
 
 def log_cosh(prediction: Tensor, target: Tensor) -> Tensor:
-    """Log cosh e = |e| + log(1 + e^{−2|e|}) − log 2: ½e² near zero, |e| far from it."""
+    """Log cosh e = abs e + log(1 + e^{−2 abs e}) − log 2: ½e² near zero, abs e far from it."""
     check_regression(prediction, target)
     error = (prediction - target).abs()
     return (error + F.softplus(-2 * error) - math.log(2)).mean()

@@ -1,16 +1,16 @@
 """Loss networks M_φ, and the task losses L_T they are meta-learned against.
 
 A loss network is a small multilayer perceptron ℓ_φ : ℝ² → ℝ, applied to each output separately and averaged
-(paper, section "Loss Function Representation"):
+(paper, section "Loss Function Representation")::
 
-    M_φ(y, f) = 1/(B·C) Σ_b Σ_c ℓ_φ(y_bc, p_bc)                                                          (1)
+    M_φ(y, f) = 1/(B·C) Σ_b Σ_c ℓ_φ(y_bc, p_bc)    (1)
 
 with y the one-hot target and p = softmax(f) in classification, and y the target and p = f in regression.
 
 In regression nothing in (1) ties the minimum of a learned loss to p = y. An *anchored* network replaces ℓ_φ by its
-remainder above the tangent at the target, the Bregman form
+remainder above the tangent at the target, the Bregman form ::
 
-    ℓ_φ(y, p) − ℓ_φ(y, y) − ∂_p ℓ_φ(y, y) (p − y),                                                       (2)
+    ℓ_φ(y, p) − ℓ_φ(y, y) − ∂_p ℓ_φ(y, y) (p − y),    (2)
 
 whose value and slope vanish at p = y for every φ. This is our addition, not the paper's.
 """

@@ -1,8 +1,8 @@
 """Newton losses: a Newton step in output space in the place of the gradient (Petersen et al. 2024).
 
-The loss at the outputs z_b is replaced by the quadratic ½ Σ_b ‖z*_b − z_b‖² / B around the target
+The loss at the outputs z_b is replaced by the quadratic ½ Σ_b ‖z*_b − z_b‖² / B around the target ::
 
-    z*_b = z̄_b − (1/B Σ_k H_k + λI)⁻¹ ∇_z ℓ(z̄_b, y_b),                                                        (1)
+    z*_b = z̄_b − (1/B Σ_k H_k + λI)⁻¹ ∇_z ℓ(z̄_b, y_b),    (1)
 
 z̄ the outputs held fixed, H_k = ∇²_z ℓ(z_k, y_k): the Hessian variant. The Fisher variant has ∇ℓ_k ∇ℓ_kᵀ for H_k, so it
 needs no second derivative, and the method's authors apply it to the backward pass alone. Both give the model the

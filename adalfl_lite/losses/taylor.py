@@ -24,7 +24,7 @@ GENERATIONS, POPULATION, SPREAD = 15, 8, 1.0
 class TaylorLoss(StoredLoss):
     """The polynomial loss, with y the target, p the prediction and coefficients θ_0 ... θ_7,
 
-        M_θ = −1/(B·C) Σ_b Σ_c [ θ_2 d + ½ θ_3 d² + ⅙ θ_4 d³ + θ_5 e d + ½ θ_6 e d² + ½ θ_7 e² d ],          (1)
+        M_θ = −1/(B·C) Σ_b Σ_c [ θ_2 d + ½ θ_3 d² + ⅙ θ_4 d³ + θ_5 e d + ½ θ_6 e d² + ½ θ_7 e² d ],    (1)
         d = p − θ_1,    e = y − θ_0.
 
     The expansion's terms in y alone are left out: they have no gradient.

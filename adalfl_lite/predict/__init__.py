@@ -1,6 +1,6 @@
 """Predicting losses: which examples will have a large one.
 
-Each imports those above it alone.
+Each imports those above it alone::
 
     loss_prediction  learning to predict a loss
     active_learning  and what to label next

@@ -1,4 +1,4 @@
-"""Pool-based active learning for regression: which rows to label next, by four strategies that share all else.
+"""Pool-based active learning for regression: which rows to label next, by four strategies that share all else::
 
     random              the control
     learning-loss       the highest predicted loss, from a loss module trained by margin ranking (Yoo and Kweon 2019)

@@ -1,9 +1,9 @@
 """Predicting the loss: which unlabelled examples will the model get wrong, so that those are labelled next?
 
 A *loss module* sees the feature maps of the base model and predicts each example's loss l as a score l̂. It is trained
-on pairs (i, j) of a batch, for only the order matters, beside the model:
+on pairs (i, j) of a batch, for only the order matters, beside the model::
 
-    Learning Loss (Yoo and Kweon 2019)       max(0, ξ − s (l̂_i − l̂_j)),   s = sign(l_i − l_j)                 (1)
+    Learning Loss (Yoo and Kweon 2019)       max(0, ξ − s (l̂_i − l̂_j)),   s = sign(l_i − l_j)    (1)
     LearningLoss++ (Shukla and Ahmed 2021)   KL(p ‖ q),   p = (l_i, l_j)/(l_i + l_j),   q = softmax(l̂_i, l̂_j)  (2)
 
 The gradient of (1) along (l̂_i, l̂_j) is (−s, s) wherever the margin ξ is violated and 0 elsewhere: a pair that is nearly

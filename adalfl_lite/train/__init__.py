@@ -1,6 +1,6 @@
 """Training.
 
-Each imports those above it alone.
+Each imports those above it alone::
 
     evaluation  how good a model is on a split
     streams     the batches of a run

@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in Path(analysis.__file__).parent.glob("*.py
 INTERNAL = {"former", "cut", "derivatives", "inputs", "matrices", "snapshots"}
 SHARED = {
     *("check_runs", "colours", "flat", "label", "layers", "legend_above", "on_device", "plain_ticks", "split_state"),
-    *("check_value", "one_tensor", "without_rounding"),
+    *("check_value", "one_tensor", "without_rounding", "markdown"),
 }
 """Public by name, but only the package's own modules have use for them."""
 

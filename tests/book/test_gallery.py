@@ -10,7 +10,8 @@ import pytest
 import analysis
 
 BOOK = Path(__file__).parents[2] / "book"
-FUNCTIONS = [name for name in analysis.__all__ if inspect.isfunction(getattr(analysis, name))]
+FORMER = set(analysis.NAMES["former"].split())
+FUNCTIONS = [name for name in analysis.__all__ if name not in FORMER and inspect.isfunction(getattr(analysis, name))]
 PLOTS = [name for name in FUNCTIONS if name.startswith("plot_")]
 FIGURE = re.compile(r"^### `(\w+)`\n\n```\{code-cell\} ipython3\n---\n(.*?)---\n(.*?)```", re.M | re.S)
 

@@ -12,7 +12,7 @@ import pytest
 from bs4 import BeautifulSoup
 from scipy.stats import bootstrap, wilcoxon
 
-from adalfl_lite.compare.methods import online_meta_learning_rate
+from adalfl_lite.compare.methods import METHODS
 from adalfl_lite.compare.tasks import get_task
 from analysis.statistics import holm
 
@@ -212,7 +212,8 @@ def test_the_meta_learning_rate_is_chosen_on_validation_data(final):
         assert runs.groupby("meta_learning_rate").seed.nunique().eq(10).all()
         best = [of_seed.test_error[of_seed.valid_error.idxmin()] for _, of_seed in runs.groupby("seed")]
         assert stored[f"chosen_{task}"] == pytest.approx(np.mean(best))
-        usual = runs[runs.meta_learning_rate == online_meta_learning_rate(get_task(task))].set_index("seed").test_error
+        rate = METHODS["online"].online_meta_learning_rate(get_task(task))
+        usual = runs[runs.meta_learning_rate == rate].set_index("seed").test_error
         assert usual.to_numpy() == pytest.approx(online[task][usual.index].to_numpy(), abs=1e-4)
 
 
