@@ -114,7 +114,7 @@ class Attributes:
         )
 
     def restore(self) -> None:
-        """Bring them back."""
+        """Put back the attributes that were noted."""
         for current, saved in self.values:
             if not _same_objects(current, saved):
                 current.clear()
@@ -151,7 +151,7 @@ class RandomState:
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self) -> None:
-        """Bring it back."""
+        """Put back the random state that was noted."""
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -289,7 +289,7 @@ def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies without a graph."""
+    """Copies of the values of tensors, without their graph."""
     return [tensor.detach().clone() for tensor in tensors]
 
 

@@ -147,7 +147,7 @@ class Newton(Given):
     matrix: str = "hessian"
 
     def make(self, task: Task, data: Dataset) -> Loss:
-        """For the data's kind."""
+        """The loss for the kind of the data."""
         return NewtonLoss(data.kind, self.matrix)
 
 

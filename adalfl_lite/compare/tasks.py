@@ -73,7 +73,7 @@ class Task:
         return build_model(self.model, input_shape=data.input_shape, outputs=data.outputs)
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.SGD:
-        """The base optimizer."""
+        """The base optimizer of the task, over the parameters of a model."""
         return torch.optim.SGD(
             parameters,
             lr=self.learning_rate,

@@ -41,6 +41,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Refuse what no engine serves, before anything moved."""
+        # a .grad that is there already is looked for at each step, not here
         check_step(self.model, self.optimizer, gradients=False)
         check_apart(self.model, self.optimizer)
         check_model(self.model)

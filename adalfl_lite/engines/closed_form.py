@@ -102,30 +102,37 @@ def value_and_slope(layers: Sequence[Layer], target: Tensor, output: Tensor) -> 
         Two tensors (..., N), and the tape.
     """
     value = torch.stack([target, output], dim=-1)
+    # equation (1), from a_0 = (y, p) and s_0 = (0, 1)
     slope = torch.zeros_like(value[..., :1, :])
     slope[..., 1] = 1  # s_0, the same for every point
     tape = []
     for layer in layers:
         weight = layer.weight.mT
+        # z_k = W_k a_{k−1} + b_k, and beside it t_k = W_k s_{k−1}
         z = value @ weight if layer.bias is None else value @ weight + layer.bias.unsqueeze(-2)
         tangent = slope @ weight
         activated, derivative, sigmoid, curvature = BY_KIND[type(layer.activation)].evaluate(layer.activation, z)
         tape.append(Tape(layer, value, slope, tangent, derivative, sigmoid, curvature))
+        # a_k = σ_k(z_k) and s_k = σ_k'(z_k) t_k
         value, slope = activated, derivative * tangent
     return value.squeeze(-1), slope.squeeze(-1), tape
 
 
 def mixed_gradient(tape: Sequence[Tape], weights: Tensor) -> list[Tensor]:
     """∇_φ Σ q ∂_p ℓ_φ(y, p), equation (2), for weights q (..., N): a tensor per weight and bias, in their order."""
+    # equation (2): s̄_K = q, and ā_K = 0, for the value itself is not asked for
     slope_bar = weights.unsqueeze(-1)
     value_bar: Tensor | None = None
     gradients: list[Tensor] = []
     for entry in reversed(tape):
+        # t̄_k = σ_k' s̄_k
         tangent_bar = entry.derivative * slope_bar
+        # z̄_k = σ_k'' t_k s̄_k + σ_k' ā_k, the second term first; None stands for zero
         z_bar = None if value_bar is None else value_bar.mul_(entry.derivative)
         if entry.sigmoid is not None:  # σ'' = curvature · sigmoid (1 − sigmoid)
             bend = torch.ops.aten.sigmoid_backward(entry.tangent * slope_bar, entry.sigmoid)
             z_bar = bend.mul_(entry.curvature) if z_bar is None else z_bar.add_(bend, alpha=entry.curvature)
+        # ∂/∂W_k = t̄_kᵀ s_{k−1} + z̄_kᵀ a_{k−1}; in the first layer s_0 is the same for every point, so its sum factors
         if entry.slope_in.shape[-2] == 1:
             weight_bar = tangent_bar.sum(-2).unsqueeze(-1) * entry.slope_in
         else:
@@ -133,9 +140,11 @@ def mixed_gradient(tape: Sequence[Tape], weights: Tensor) -> list[Tensor]:
         if z_bar is not None:
             weight_bar = weight_bar + z_bar.mT @ entry.value_in
         if entry.layer.bias is not None:
+            # ∂/∂b_k = Σ z̄_k
             gradients.append(torch.zeros_like(entry.layer.bias) if z_bar is None else z_bar.sum(-2))
         gradients.append(weight_bar)
         if entry is not tape[0]:
+            # s̄_{k−1} = t̄_k W_k and ā_{k−1} = z̄_k W_k
             slope_bar = _times(tangent_bar, entry.layer.weight)
             value_bar = None if z_bar is None else _times(z_bar, entry.layer.weight)
     return gradients[::-1]
@@ -169,11 +178,13 @@ def derivatives(
     lead = layers[0].weight.ndim - 2
     p, y = output.flatten(lead), target.flatten(lead)
     points = p.shape[-1]
+    # the mean over everything, or over the batch alone (ML³)
     count = points if loss_network.reduction == "mean" else output.shape[lead]
     if loss_network.anchored:  # the Bregman form also needs value and slope at p = y
         p, y = torch.cat([p, y], -1), torch.cat([y, y], -1)
     value, slope, tape = value_and_slope(layers, y, p)
     if loss_network.anchored:
+        # the Bregman form, equation (2) of losses.network: its slope is ∂ℓ(y, p) − ∂ℓ(y, y)
         slope, base = slope[..., :points] - slope[..., points:], slope[..., points:]
         value = value[..., :points] - value[..., points:] - base * (p - y)[..., :points]
 
@@ -181,9 +192,11 @@ def derivatives(
         """Along the softmax, whose Jacobian is symmetric; nothing to do in regression."""
         if loss_network.kind == "regression":
             return vector
+        # softmax: ∂p_c/∂f_d = p_c (δ_cd − p_d)
         return output * (vector - (output * vector).sum(-1, keepdim=True))
 
     def along(tangent: Tensor) -> list[Tensor]:
+        # ⟨∂M/∂f, u⟩ = Σ q ∂_p ℓ with q = (∂p/∂f) u / count
         weights = to_logits(tangent).flatten(lead) / count
         return mixed_gradient(tape, torch.cat([weights, -weights], -1) if loss_network.anchored else weights)
 

@@ -109,12 +109,15 @@ class Compiled:
             modules = [
                 (_plain_attributes(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules_of(self.model)
             ]
+            # a compiled program holds for these shapes, dtypes, modes and hooks only
             case = ([(tensor.shape, tensor.dtype) for part in parts for tensor in part], modules, trained)
+            # the first step looks once, uncompiled, which parameters the output depends on
             if self.case is None and len(parts) == 2:
                 self.reached, self.case = self._reached(parts[0]), case
                 own = [*(parameters[i] for i in self.reached), *self.model.buffers()]
                 index = {id(tensor): i for i, tensor in enumerate(own)}
                 self.slots = [(name, index[id(t)]) for name, t in slots_of(self.model) if id(t) in index]
+            # another case, such as a smaller last batch: the same step, not compiled
             if case != self.case:
                 return Forward(self.problem)(batch, meta_batch, undo)
             if self.loss_network.kind == "classification":  # a compiled kernel reads beyond the end
@@ -135,10 +138,13 @@ class Compiled:
         with torch.no_grad():
             for buffer, new in zip(self.model.buffers(), new_buffers, strict=True):
                 buffer.copy_(new)
+        # θ' = U(θ, g) by the optimizer itself, between the compiled passes
         pullback = take_step(self.optimizer, parameters, self.reached, gradients, self.problem.clipping)
 
         meta_loss, v = self._run(self.meta_pass, theta, new_buffers, *meta_batch)
+        # equation (1) of engines.forward
         w = pullback(v)
+        # equations (2) and (3) in one program
         tangent, along = self._run(self.tangent_pass, before, w, buffers, phi, prediction, *batch)
         precision = tolerance_of(self.problem.autocast or prediction.dtype, *(g.dtype for g in gradients))
         along_w = inner_product(slope, tangent)
@@ -193,7 +199,7 @@ class Compiled:
     def _meta_pass(
         self, theta: list[Tensor], buffers: list[Tensor], inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """L_T and ∇_θ L_T."""
+        """L_T and its gradient v = ∇_θ L_T, at the θ that the step reached."""
         passed: Any = vjp(lambda t: self.problem.task_loss(self._forward(t, buffers, inputs)[0], targets), theta)
         loss, pull_back = passed
         return loss, list(pull_back(torch.ones_like(loss))[0])

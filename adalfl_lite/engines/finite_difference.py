@@ -27,7 +27,7 @@ class FiniteDifference:
         self.problem = problem
 
     def __call__(self, batch: Batches, meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
-        """The step, see :class:`~adalfl_lite.engines.base.Engine`."""
+        """Take the step, and differentiate it: see :meth:`adalfl_lite.engines.base.Engine.__call__`."""
         problem, parts = self.problem, micro_batches(batch)
         with undo or Undo(problem.model, problem.optimizer) as undo:
             check_step(problem.model, problem.optimizer)
@@ -67,13 +67,17 @@ def finite_difference_tangent(
     The step ε = √δ (1 + ‖θ‖) / 10‖w‖ balances rounding, δ being the precision of the pass, against curvature and the
     kinks of ReLU and max pooling.
     """
+    # lengths over all parameters that move, for one step size for all of them
     theta, w = (torch._foreach_norm([pair[i] for pair in tangents.values()]) for i in (0, 1))
     length = torch.stack(w).norm()
+    # along nothing nothing moves, and ε would be infinite
     if length == 0:
         return torch.zeros_like(prediction)
+    # rounding in f costs √δ/ε, curvature costs ε: the two meet near √δ
     precision = torch.finfo(autocast or prediction.dtype).eps
     epsilon = 0.1 * precision**0.5 * (1 + torch.stack(theta).norm()) / length
     moved = {key: theta + epsilon * w for key, (theta, w) in tangents.items()}
+    # one forward pass at θ + εw, with the buffers and the dropout mask of the training pass
     with unmarked(model), replaced(model, {**state, **moved}):
         if attributes is not None:
             attributes.restore()

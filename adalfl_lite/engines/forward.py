@@ -82,7 +82,7 @@ class Forward:
         self.problem = problem
 
     def __call__(self, batch: Batches, meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
-        """The step, see :class:`~adalfl_lite.engines.base.Engine`."""
+        """Take the step, and differentiate it: see :meth:`adalfl_lite.engines.base.Engine.__call__`."""
         problem, parts = self.problem, micro_batches(batch)
         # of several micro batches each has its graph freed before the next, and its outputs with it
         fan_in = KEPT_FAN_IN if len(parts) == 1 else math.inf

@@ -52,12 +52,15 @@ class ForwardPass:
 
     def fits(self, model: nn.Module, batch: Batch) -> bool:
         """Whether a training pass over ``batch`` would repeat this pass."""
+        # the very tensors: equal values could come from another batch that will be changed
         if any(ours is not theirs for ours, theirs in zip(self.batch, batch, strict=True)):
             return False
+        # version counters see in-place changes, copies those by way of .data or numpy
         tensors, copies, *rest = self.circumstances
         now, _, *rest_now = _circumstances(model, batch, copy=False)
         if rest != rest_now or len(now) != len(tensors) or any(a is not b for a, b in zip(now, tensors, strict=True)):
             return False
+        # a pass that drew numbers counts only if the next pass would draw the same
         if self.random != self.new_random and self.random != RandomState(model):  # it would draw other numbers now
             return False
         return same_values(now, copies)  # also what was changed by way of .data or numpy
@@ -65,10 +68,12 @@ class ForwardPass:
 
 def training_pass(model: nn.Module, batch: Batch, autocast: torch.dtype | None, fan_in: float) -> ForwardPass:
     """f(x) as in plain training: buffers, attributes and random state move on."""
+    # what the pass starts from, noted before it changes any of it
     random, buffers, found, parameters = RandomState(model), Buffers(model), Attributes(model), parameters_of(model)
     versions = [parameter._version for parameter in parameters]
     with LayerOutputs(fan_in) as outputs:
         prediction = forward(model, batch[0], autocast)
+    # a model that writes to its own parameters has no well-defined gradient step
     if [parameter._version for parameter in parameters] != versions:
         raise ValueError(CHANGED)
     return ForwardPass(batch, own(prediction), buffers, random, RandomState(model), found, outputs)
@@ -93,6 +98,7 @@ def meta_pass(
     The backward pass is taken before the model has its own buffers back, since a checkpoint passes through it again.
     """
     random, found, new_buffers = RandomState(model), Attributes(model), buffers.fresh()
+    # on copies: the meta batch must leave BatchNorm and counters as the training batch left them
     with unmarked(model), replaced(model, new_buffers):
         with LayerOutputs(0 if keep else math.inf) as outputs:
             prediction = own(forward(model, batch[0], autocast))
@@ -112,6 +118,7 @@ def taken_up(model: nn.Module, kept: ForwardPass) -> ForwardPass:
             write(buffer, kept.new_buffers[id(buffer)])
     if kept.attributes is not None:
         kept.attributes.restore()
+    # nothing to replay
     if kept.random == kept.new_random:  # the pass draws no numbers; whoever has drawn some since may keep them
         now = RandomState(model)
         return replace(kept, random=now, new_random=now)

@@ -42,5 +42,6 @@ class Shared:
                 training = taken_up(model, kept)
             else:
                 training = training_pass(model, first, self.problem.autocast, fan_in=0)  # keeps all layers' outputs
+            # the pass over the meta batch is kept with its graph, for the next step's backward pass
             result, self.kept = forward_mode(self.problem, iter([(1.0, training)]), [second], undo, keep=True)
             return result

@@ -42,6 +42,7 @@ class Stack:
 
     def __call__(self, parameters: Sequence[Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """(S, B, C) for inputs (S, B, ...); ``buffers`` are updated in place, as in train mode."""
+        # one model's code serves all: within vmap its slots hold row after row of the stack
         own = list(self.model.parameters()), [dict(self.model.named_buffers())[name] for name in buffers]
 
         def one(theta: list[Tensor], state: list[Tensor], x: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ class Stack:
             with replaced(self.model, {id(tensor): new for tensor, new in pairs}):
                 return self.model(x)
 
+        # train mode: evaluation is done model by model, on what write_back puts there
         with unmarked(self.model):
             self.model.train()
             return vmap(one)(list(parameters), list(buffers.values()), inputs)
@@ -59,7 +61,7 @@ class Stack:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Put back a state that :meth:`state_dict` of one of the same make gave."""
         for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
             parameter.copy_(saved)
         for name, buffer in self.buffers.items():
@@ -70,6 +72,7 @@ class Stack:
         """Put another model in the place of the i-th."""
         for stacked, parameter in zip(self.parameters, model.parameters(), strict=True):
             stacked[i].copy_(parameter)
+        # running statistics belong to the model that left, too
         for name, buffer in model.named_buffers():
             self.buffers[name][i].copy_(buffer)
         self.models[i] = model
@@ -93,11 +96,11 @@ class StackedLoss:
         self.parameters = [parameter.detach() for parameter in stacked.values()]
 
     def state_dict(self) -> dict:
-        """φ, stacked."""
+        """The weights of all loss networks, stacked; they are not copied."""
         return {"parameters": self.parameters}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Put back a state that :meth:`state_dict` of one of the same make gave."""
         for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
             parameter.copy_(saved)
 
@@ -276,6 +279,7 @@ def _check_alone(
 @torch.no_grad()
 def meta_step(meta_optimizer: Optimizer, result: StackedStep) -> None:
     """Update φ with the meta-gradient of a step; a seed where that is not finite keeps its φ."""
+    # a member that diverged must not touch its φ, nor the moments that Adam keeps of it
     bad = ~result.finite()
     parameters = meta_optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, result.meta_gradient or [], strict=True):
@@ -284,6 +288,7 @@ def meta_step(meta_optimizer: Optimizer, result: StackedStep) -> None:
         meta_optimizer.step()
         return
     for parameter in parameters:
+        # zero, for NaN would spread through the update before the rows are put back
         parameter.grad[bad] = 0
     moments = [value for state in meta_optimizer.state.values() for value in state.values() if value.ndim]
     kept = [(tensor, tensor[bad].clone()) for tensor in (*parameters, *moments)]
@@ -294,6 +299,7 @@ def meta_step(meta_optimizer: Optimizer, result: StackedStep) -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of a step for the next one instead of handing it back each time."""
+    # glibc raises its threshold to the largest block freed so far
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does
 
 

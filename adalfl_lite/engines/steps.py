@@ -71,6 +71,7 @@ def plain_gradients(
     autocast: torch.dtype | None = None,
 ) -> Tensor:
     """The first half of :func:`plain_step`, up to the ``.grad`` of the optimizer's parameters; returns the loss."""
+    # gradients add up over the micro batches below, from nothing
     optimizer.zero_grad()
     parameters = optimizer_parameters(optimizer)
     parts = micro_batches(batch)
@@ -78,6 +79,7 @@ def plain_gradients(
     for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
         value = loss(forward(model, inputs, autocast), targets)
         check_scalar(value)
+        # each part counts by its share of the examples, so the sum is the mean over all of them
         backward(weighted(share, [value])[0], parameters)
         losses.append((share, value.detach()))
     if clipping != NO_CLIPPING:
@@ -114,6 +116,7 @@ def check_apart(model: nn.Module, optimizer: Optimizer) -> None:
             start = parameter.storage_offset()
             storage = parameter.untyped_storage().data_ptr()
             spans.append((storage, start, start + extent, names.get(id(parameter), "a parameter")))
+    # two parameters overlap if one begins before the one before it in the same storage has ended
     spans.sort()
     for (storage, _, end, first), (other, start, _, second) in itertools.pairwise(spans):
         if storage == other and start < end:
@@ -188,6 +191,7 @@ def backward(output: Tensor, parameters: Sequence[Tensor], slope: Tensor | None 
     try:
         output.backward(slope, inputs=[parameter for parameter in parameters if parameter.requires_grad])
     except RuntimeError as error:
+        # torch says so only here, in the middle of the pass
         if "use_reentrant=True" not in str(error):
             raise
         raise ValueError(REENTRANT) from error
@@ -218,13 +222,17 @@ def take_step(
         gradients: g of those, in their order; left as they are.
         clipping: of g, before the optimizer has it.
     """
+    # None where the loss does not reach a parameter: optimizers skip it, and so do its momenta
     clipped: list[Tensor | None] = [None] * len(parameters)
     for i, gradient in zip(reached, clipping(gradients), strict=True):
         clipped[i] = gradient
+    # the chain θ' = U(θ, clip(g)): both derivatives at the point where they are taken
     pullback, unclip = update_pullback(optimizer, clipped), clipping.pullback(gradients)
     if changes_gradients(optimizer):
+        # foreach SGD writes into the gradients it is given; g itself is needed for the identity later
         clipped = [None if g is None else g.clone() for g in clipped]
     apply_gradients(optimizer, parameters, clipped)
+    # and pulled back in the other order
     return lambda vectors: unclip(pullback(vectors))
 
 

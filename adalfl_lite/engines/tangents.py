@@ -66,6 +66,7 @@ class LayerOutputs(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func in LAYERS:
             worth = _weight(*args, **(kwargs or {})).shape[1:].numel() >= self.fan_in
+            # the version tells later whether an in-place operation has changed what was kept
             self.kept.append((output.detach(), output._version) if worth else None)
         return output
 
@@ -123,12 +124,15 @@ def output_tangent(
     """
     # Nothing requires a gradient, so no graph is built; but gradients are on, and so where they are off it is the model
     # that has switched them off.
+    # what does not move gets no dual part, so that its tangent costs nothing
     fixed = {id(p): p.detach() for p in parameters_of(model) if id(p) not in tangents}
     rules = _Rules(outputs or LayerOutputs(math.inf))
     with torch.enable_grad(), forward_ad.dual_level(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # by torch itself
+        # θ + εw with ε² = 0: every operation then carries its derivative along
         duals = {key: forward_ad.make_dual(theta, w) for key, (theta, w) in tangents.items()}
         with unmarked(model), replaced(model, {**fixed, **state, **duals}), differentiable_kernels(model):
+            # the pass must begin as the training pass did, also where the model counts its calls
             if attributes is not None:
                 attributes.restore()
             try:
@@ -138,6 +142,7 @@ def output_tangent(
                 raise
             except (NotImplementedError, RuntimeError) as error:  # the latter from hooks on activations
                 raise NotImplementedError(f"this model cannot be differentiated in forward mode: {error}") from error
+        # no dual part: the output does not depend on what moves
         tangent = forward_ad.unpack_dual(output).tangent
     return None if tangent is None else tangent.detach()
 
@@ -166,11 +171,14 @@ def check_agreement(
     """
     if not gradients:
         return
+    # ⟨g, w⟩ tensor by tensor, for their sizes are the scale of the rounding below
     inner = [inner_product(a, b) for a, b in zip(gradients, w, strict=True)]
     ours, theirs = torch.stack([sum(inner[1:], inner[0]).to(along.dtype), along]).tolist()  # one look at the device
+    # a first look that costs nothing more; rounding can exceed it where the terms cancel
     difference = abs(ours - theirs)
     if not difference > tolerance * (abs(ours) + abs(theirs)):  # neither where one is NaN: that is said elsewhere
         return
+    # what cancels is measured by the lengths that went in, Σ‖g_i‖‖w_i‖ + ‖∂M/∂f‖‖u‖
     lengths = torch.stack(torch._foreach_norm([*gradients, *w])).to(along.dtype).view(2, -1)
     if difference > tolerance * (torch.dot(*lengths) + bound()).item():
         raise NotImplementedError(
@@ -190,6 +198,7 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of two tensors of one shape, of real numbers or of complex ones as pairs of real numbers; a scalar."""
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
+    # a dot product in half precision would overflow or lose what is being checked
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()
     return torch.dot(a.reshape(-1), b.reshape(-1))
@@ -211,9 +220,11 @@ class _Rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # the model is inside torch.no_grad: its backward pass takes this for a constant, so must the tangent
         if not torch.is_grad_enabled():
             output = self.outputs.take() if func in LAYERS else None  # is constant itself, and kept in its order
             return _constant(func, args, kwargs or {}) if output is None else output
+        # torch has no forward-mode rule for these; written out in operations that have one
         if func in COMPOSITE:
             with self:
                 return COMPOSITE[func](*args, **(kwargs or {}))

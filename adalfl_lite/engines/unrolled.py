@@ -74,7 +74,7 @@ class Unrolled:
         self.problem = problem
 
     def __call__(self, batch: Batches, meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
-        """The step, see :class:`~adalfl_lite.engines.base.Engine`."""
+        """Take the step, and differentiate it: see :meth:`adalfl_lite.engines.base.Engine.__call__`."""
         return self.unroll([batch], meta_batch, undo)
 
     def unroll(self, batches: Sequence[Batches], meta_batch: Batches, undo: Undo | None = None) -> MetaStep:
@@ -164,10 +164,12 @@ def _unrolled_gradient(
             raise ValueError(CHANGED)
         training_loss = problem.loss_network(prediction, targets)
         check_scalar(training_loss)
+        # s = ∂M/∂f first, then J_fᵀ s: so both u = ∂L_T/∂s and w = ∂L_T/∂g can be asked for below
         with _differentiated_twice():
             (slope,) = weighted(share, torch.autograd.grad(training_loss, prediction, create_graph=True))
             found = gradients_of(prediction, theta, grad_outputs=slope, create_graph=True)
         for i, gradient in enumerate(found):
+            # micro batches add up, each with its share in s already
             if gradient is not None:
                 earlier = gradients[i]
                 gradients[i] = gradient if earlier is None else earlier + gradient
@@ -183,6 +185,7 @@ def _double_backward(
     meta_loss: Tensor, phi: Sequence[Tensor], steps: Sequence[_Unrolled]
 ) -> tuple[list[Tensor], list[tuple[list[Tensor], list[Tensor]]]]:
     """∇_φ L_T, and for each step w = ∂L_T/∂g and u = ∂L_T/∂s, for its gradient g and the slopes s that made it."""
+    # one double backward gives ∇_φ L_T and, for every step, both factors of the identity
     wanted = [[g for g in step.gradients if g is not None] for step in steps]
     inputs: list[Tensor] = [*phi]
     for gradients, step in zip(wanted, steps, strict=True):
@@ -204,12 +207,14 @@ def check_delivered(parameters: Sequence[Tensor], gradients: Sequence[Tensor | N
     torch shows no hooks of the nodes that accumulate gradients, as distributed libraries use them; but they run here.
     """
     pairs = [(p, g.detach()) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    # an identity whose backward pass delivers exactly these gradients to the accumulators
     with torch.enable_grad():
         arriving = [p.view_as(p) for p, _ in pairs]
     torch.autograd.backward(arriving, [g for _, g in pairs], inputs=[p for p, _ in pairs])
     delivered = [p.grad for p, _ in pairs]
     for p, _ in pairs:
         p.grad = None
+    # what arrives is what was sent, or a hook has changed it on the way
     same = all(d is not None for d in delivered) and same_values(
         [d for d in delivered if d is not None], [g for _, g in pairs]
     )

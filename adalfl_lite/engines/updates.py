@@ -104,7 +104,7 @@ class Clipping:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
+        """Refuse a bound that is not positive, or two at once."""
         for name, bound in (("clip_gradient_norm", self.norm), ("clip_gradient_value", self.value)):
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name} must be positive, or None not to clip; got {bound}")
@@ -114,8 +114,10 @@ class Clipping:
     def __call__(self, gradients: Gradients) -> list[Tensor | None]:
         """The clipped gradients, differentiable where the given ones carry a graph."""
         if self.value is not None:
+            # clip_grad_value_: each entry by itself
             return [None if g is None else torch.clamp(g, -self.value, self.value) for g in gradients]
         if self.norm is not None and (given := [g for g in gradients if g is not None]):
+            # clip_grad_norm_: one factor for the whole gradient, which itself depends on g
             factor, _ = self._factor(given)
             return [None if g is None else factor.to(g.dtype) * g for g in gradients]
         return list(gradients)
@@ -123,9 +125,11 @@ class Clipping:
     def pullback(self, gradients: Sequence[Tensor]) -> Pullback:
         """The linear map w ↦ (∂ clipped/∂g)ᵀ w at these gradients."""
         if self.value is not None:
+            # the derivative of a clamp: one where it leaves the entry, zero where it cuts
             inside = [g.abs() <= self.value for g in gradients]
             return lambda vectors: [torch.where(i, w, 0) for i, w in zip(inside, vectors, strict=True)]
         if self.norm is None:
+            # nothing is clipped: the identity
             return list
         # of c g / (n + ε):  w ↦ c / (n + ε) · (w − ⟨g, w⟩ / (n (n + ε)) · g)
         factor, length = self._factor(gradients)
@@ -154,7 +158,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, original: Tensor) -> Tensor:
-    """The inverse of :func:`_real`."""
+    """A real tensor as the one it was a view of, complex where that is: the inverse of :func:`_real`."""
     return torch.view_as_complex(tensor.contiguous()) if original.is_complex() else tensor
 
 
@@ -180,12 +184,15 @@ def functional_update(
         into NaN: it belongs to a parameter that no batch has reached.
     """
     if state is None:
+        # a copy: several unrolled steps carry their own state on, and the optimizer takes its own steps
         state = [_copied(optimizer.state.get(parameter, {})) for parameter in optimizer_parameters(optimizer)]
+    # complex entries are two real ones to the rules below, as they are to torch
     real = [_real(parameter) for parameter in parameters]
     slopes = [None if g is None else _real(g) for g in gradients]
     entries = [_real_entries(of_one) for of_one in state]
     rule = rule_of(optimizer, RULES)
     if rule is None:
+        # an optimizer whose formula is not written here: its own step, on copies, with a graph
         new, new_state = _update_of_twin(optimizer, real, [_without_nan(g) for g in slopes], entries)
     else:
         groups = [group for group in optimizer.param_groups for _ in group["params"]]
@@ -200,11 +207,13 @@ def functional_update(
 def _sgd(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tuple[Tensor, dict]:
     """b ← μ b + (1 − d) g, or b ← g at first; θ ← θ − α (g + μ b) with Nesterov, else θ − α b."""
     gradient = -gradient if group["maximize"] else gradient
+    # weight decay is a gradient too, and goes through the momentum with it
     gradient = gradient + group["weight_decay"] * parameter
     if not group["momentum"]:
         return parameter - group["lr"] * gradient, state
     buffer = state.get("momentum_buffer")
     buffer = gradient if buffer is None else group["momentum"] * buffer + (1 - group["dampening"]) * gradient
+    # Nesterov looks ahead by one more momentum step from the new buffer
     step = gradient + group["momentum"] * buffer if group["nesterov"] else buffer
     return parameter - group["lr"] * step, {"momentum_buffer": buffer}
 
@@ -212,6 +221,7 @@ def _sgd(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tuple
 def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tuple[Tensor, dict]:
     """Kingma and Ba (2015), Algorithm 1; with decoupled weight decay, Loshchilov and Hutter (2019), Algorithm 2."""
     gradient = -gradient if group["maximize"] else gradient
+    # AdamW shrinks the weights by themselves; Adam lets the decay go through the moments
     if group.get("decoupled_weight_decay", False):
         parameter = parameter * (1 - group["lr"] * group["weight_decay"])
     else:
@@ -225,6 +235,8 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> tupl
         second = torch.maximum(second, state.get("max_exp_avg_sq", torch.zeros_like(second)))
         new["max_exp_avg_sq"] = second
     reached = second > 0  # else the entry has never had a gradient: its derivative is taken as zero, not as α/ε
+    # the root has an infinite slope at zero, so its argument is replaced there before the root is taken:
+    # `where` alone would multiply that infinity by zero in the backward pass
     first = torch.where(reached, first, first.detach())
     root = torch.where(reached, (torch.where(reached, second, 1.0) / (1 - beta2**time)).sqrt(), 0.0)
     denominator = root + group["eps"]
@@ -244,6 +256,7 @@ def _without_nan(gradient: Tensor | None) -> Tensor | None:
     """The gradient, with a derivative of zero at entries that are zero where the optimizer's own is NaN."""
     if gradient is None or not gradient.requires_grad:
         return gradient
+    # a view, so that the hook belongs to this use of the gradient alone
     guarded = gradient.view_as(gradient)
     zero = gradient.detach() == 0
     guarded.register_hook(lambda slope: torch.where(zero & slope.isnan(), 0.0, slope))
@@ -257,6 +270,7 @@ def _update_of_twin(
 
     torch keeps its step counts in float32 on this path, so the result carries about 1e-7 of relative error.
     """
+    # not deepcopy: the copies must stay connected to the graph of θ
     clones = [parameter.clone() for parameter in parameters]
     twin = copy.copy(optimizer)
     twin.defaults = {**optimizer.defaults, "differentiable": True}
@@ -294,6 +308,7 @@ def update_pullback(optimizer: Optimizer, gradients: Gradients) -> Pullback:
     Returns:
         A function of one tensor per parameter that was given a gradient, returning as many tensors of those shapes.
     """
+    # where ∂θ'/∂g is known entry by entry, no graph is needed
     slope = rule_of(optimizer, SLOPES)
     parameters = optimizer_parameters(optimizer)
     if slope is not None:
@@ -307,6 +322,7 @@ def update_pullback(optimizer: Optimizer, gradients: Gradients) -> Pullback:
             _like(factor * _real(vector), vector) for factor, vector in zip(factors, vectors, strict=True)
         ]
 
+    # otherwise one differentiable step from the state as it is now, kept until the vectors are known
     leaves = [None if g is None else g.detach().requires_grad_(True) for g in gradients]
     updated, _ = functional_update(optimizer, [parameter.detach() for parameter in parameters], leaves)
     outputs = [new for new, leaf in zip(updated, leaves, strict=True) if leaf is not None]
@@ -343,6 +359,7 @@ def _adam_slope(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -
         second = torch.maximum(second, largest)
     root = (second / unbiased2).sqrt()
     denominator = root + group["eps"]
+    # the second moment moves with g as well: the larger the gradient, the more it divides itself
     bending = torch.where(moves, first * (1 - beta2) * g / (unbiased2 * root * denominator**2), 0.0)
     slope = -group["lr"] / unbiased1 * torch.where(second > 0, (1 - beta1) / denominator - bending, 0.0)
     return -slope if group["maximize"] else slope

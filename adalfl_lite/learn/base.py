@@ -63,7 +63,7 @@ class Learner:
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Put back a state that :meth:`state_dict` of one of the same make gave."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -72,6 +72,7 @@ class Learner:
 
     def collate(self, batches: Sequence[Batch]) -> Batch:
         """The batches of all models, as one that :meth:`step` takes: of a single model its own."""
+        # one model, one batch: nothing to join
         (batch,) = batches
         return batch
 
@@ -85,6 +86,7 @@ class Learner:
     def watched(self) -> dict[str, Tensor]:
         """By name, what must be finite for training to go on: the models' gradients and parameters."""
         named = [(name, p) for model in self.models for name, p in model.named_parameters()]
+        # gradients first: where one is not finite, the parameters that follow from it are not either
         gradients = {f"gradient of {name}": p.grad for name, p in named if p.grad is not None}
         return gradients | {f"parameter {name}": p for name, p in named}
 
@@ -145,14 +147,14 @@ class Plain(Learner):
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **state_of_loss(self.loss)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Put back a state that :meth:`state_dict` of one of the same make gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.loss, nn.Module):
             self.loss.load_state_dict(state["loss"])
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`Learner.describe`."""
+        """Model, loss, optimizer and clipping, as :meth:`Learner.describe` says."""
         return {
             **describe_training(self.model, self.loss, self.optimizer, self.clipping, self.autocast),
             "online": False,

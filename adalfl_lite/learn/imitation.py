@@ -47,10 +47,12 @@ def imitate(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     error = torch.tensor(math.inf)
     for _ in range(steps):
+        # fresh ones every time, so that φ fits the whole range and not a sample
         output, target = draw_outputs(loss_network.kind, prediction)
         output.requires_grad_(True)
         (wanted,) = torch.autograd.grad(task_loss(output, target), output)
         (given,) = torch.autograd.grad(loss_network(output, target), output, create_graph=True)
+        # relative, so that the step size does not depend on the scale of the task loss
         error = (given - wanted).square().sum() / wanted.square().sum()
         optimizer.zero_grad()
         error.backward()

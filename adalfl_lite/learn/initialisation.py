@@ -103,14 +103,17 @@ def initialise(
     _check_validate(settings, validate)
     measured = task_loss or default_task_loss(loss_network)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
+    # before the first training batch is drawn: the same batches score every rehearsal
     score = validations(meta_batches, settings, measured, task_error(loss_network.kind), validate)  # type: ignore[arg-type]
     if settings.imitation_steps:
         if not isinstance(loss_network, LossNetwork):
             name = type(loss_network).__name__
             raise TypeError(f"{name} cannot imitate the task loss; use settings=Initialiser(imitation_steps=0)")
+        # of the model's output only the shape, the dtype and the device are used
         prediction = make_model().train()(next(train_batches)[0])
         imitate(loss_network, measured, prediction, steps=settings.imitation_steps)
     eta = META_LEARNING_RATE["loss"] if settings.meta_learning_rate is None else settings.meta_learning_rate
+    # one for all rollouts: its moments outlive the models
     meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=eta)
     fresh = _Fresh(make_model, make_optimizer)
 
@@ -293,7 +296,7 @@ class _One:
         self.learner = self.draw()
 
     def restart(self, i: int, step: int) -> None:
-        """The same."""
+        """A fresh learner here too: there is no other member to leave alone."""
         self.begin()
 
     def step(self) -> list[float]:
@@ -313,7 +316,7 @@ class _One:
         return {name: tensor.clone() for name, tensor in self.learned.state_dict().items()}
 
     def restore(self, i: int, state: dict[str, Tensor]) -> None:
-        """Put a copy back."""
+        """Let the member have again what :meth:`state` copied."""
         self.learned.load_state_dict(state)
 
 
@@ -336,7 +339,9 @@ class _Many:
         self.train_batches, self.meta_batches = train_batches, meta_batches
         self.scores, self.rehearsal_steps = scores, settings.rehearsal_steps
         if settings.imitation_steps:
+            # every member draws a model, as it would alone, though one shape serves all
             prediction = [m.draw(make_model) for m in members][0](_stacked(train_batches)[0][0])
+        # after the draw above, and before the imitation, which changes φ in the stack
         self.loss = StackedLoss(networks)
         if settings.imitation_steps:
 
@@ -351,6 +356,7 @@ class _Many:
     def _fresh(self) -> tuple[Stack, Optimizer]:
         """Fresh base models of all members, stacked, and their optimizer."""
         models = [member.draw(self.make_model).train() for member in self.members]
+        # two members must not train one and the same model
         if len({id(model) for model in models}) < len(models):
             raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
         for model in models:
@@ -374,6 +380,7 @@ class _Many:
 
     def step(self) -> list[float]:
         """A step of the stack, and of every φ whose meta-gradient is finite."""
+        # no member is refused for what another does: a bad one keeps its φ
         result = self.engine(_stacked(self.train_batches), _stacked(self.meta_batches))
         meta_step(self.meta_optimizer, result)
         return torch.where(result.finite(), torch.as_tensor(result.meta_loss), math.inf).tolist()
@@ -392,7 +399,7 @@ class _Many:
         return [parameter[i].clone() for parameter in self.loss.parameters]
 
     def restore(self, i: int, state: list[Tensor]) -> None:
-        """Put a copy back."""
+        """Let the member have again what :meth:`state` copied."""
         for parameter, best in zip(self.loss.parameters, state, strict=True):
             parameter[i] = best
 
@@ -415,4 +422,5 @@ def _forget(optimizer: Optimizer, i: int, seed: int | None, step: int) -> None:
         )
     for state in optimizer.state.values():
         if (buffer := state.get("momentum_buffer")) is not None:
+            # SGD's only memory; a zero buffer is what a fresh one acts like, without dampening
             buffer[i] = 0

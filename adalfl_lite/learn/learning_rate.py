@@ -82,7 +82,7 @@ class LearningRate(nn.Module):
 
     @property
     def rates(self) -> list[float]:
-        """α of each group."""
+        """α of each parameter group, in the optimizer's order."""
         return self.log_rates.detach().exp().tolist()
 
     def give_to(self, optimizer: Optimizer) -> Optimizer:
@@ -190,6 +190,7 @@ class OnlineLearningRate(Learner):
             check_finite(
                 {"loss": result.training_loss, "task loss": result.meta_loss, "hypergradient": slopes}, self.model
             )
+            # equation (2), right: α moves along a slope in log α
             self.learning_rate.log_rates.grad = slopes
             self.meta_optimizer.step()
             self.learning_rate.log_rates.grad = None
@@ -203,21 +204,25 @@ class OnlineLearningRate(Learner):
             self._check(self.model, self.optimizer)
             check_no_gradient(self.optimizer)
             parameters = optimizer_parameters(self.optimizer)
+            # the rate of this step; the last meta step has changed it
             self.learning_rate.give_to(self.optimizer)
             loss = plain_gradients(
                 self.model, self.loss, self.optimizer, batch, clipping=self.clipping, autocast=self.autocast
             )
+            # the model moved its own parameters in its pass: then θ' − θ is not the optimizer's step
             if not undo.unmoved():
                 raise ValueError(CHANGED)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
             wanted = [parameter for parameter in parameters if parameter.requires_grad]
+            # ∇_θ' L_T at the θ' that this step reached
             meta_loss, gradients = self._gradient_after(meta_batch, wanted)
             found = dict(zip(map(id, wanted), gradients, strict=True))
             slopes = []
             old = iter(undo.before)
             for group in self.optimizer.param_groups:
+                # equation (1): ⟨∇_θ' L_T, θ' − θ⟩, group by group, each with its own α
                 pairs = [(found.get(id(new)), new.detach() - next(old)) for new in group["params"]]
                 slopes.append(sum(_inner_product(v, step) for v, step in pairs if v is not None))
         like = self.learning_rate.log_rates
@@ -235,7 +240,7 @@ class OnlineLearningRate(Learner):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Put back a state that :meth:`state_dict` of one of the same make gave."""
         self.model.load_state_dict(state["model"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -244,7 +249,7 @@ class OnlineLearningRate(Learner):
             self.loss.load_state_dict(state["loss"])
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`~adalfl_lite.learn.base.Learner.describe`."""
+        """What :class:`~adalfl_lite.learn.Plain` describes, and how the learning rate is learned."""
         found = describe_training(self.model, self.loss, self.optimizer, self.clipping, self.autocast)
         how = describe_meta_optimizer(self.meta_learning_rate, self.meta_optimizer)
         return {**found, "online": True, "learn": "learning_rate", **how}
@@ -303,6 +308,7 @@ def implied_scale(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     learned, task = (torch.autograd.grad(f(prediction, batch[1]), parameters, **options) for f in (loss, task_loss))
+    # the projection of ∇M on ∇L
     inner = sum((m * g).sum() for m, g in zip(learned, task, strict=True))
     return float(inner / sum(g.square().sum() for g in task))
 
@@ -336,5 +342,6 @@ def replay(
         raise ValueError("steps must be in ascending order; give the schedule of one run")
     if not np.isfinite(values).all():
         raise ValueError(f"the scale at step {times[~np.isfinite(values)][0]:g} is not finite")
+    # an optimizer does not climb
     values = values.clip(min=0)
     return LambdaLR(optimizer, lambda step: float(np.interp(step, times, values)) * (schedule(step) if schedule else 1))

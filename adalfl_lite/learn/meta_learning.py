@@ -129,6 +129,7 @@ class Member:
         """What ``make`` makes from this member's random state."""
         if self.random_state is None:
             return make(*arguments)
+        # each member draws as it would alone, whatever the others have drawn before
         outside = torch.get_rng_state()
         torch.set_rng_state(self.random_state)
         try:
@@ -142,6 +143,7 @@ class Member:
         if self.remaining == 0:
             self.remaining, self.first_loss = self.rollout_steps, math.inf
         self.remaining -= 1
+        # the measure of an explosion is this rollout's own beginning
         if self.first_loss == math.inf:
             self.first_loss = task_loss
         if not task_loss < ABANDON_FACTOR * self.first_loss:  # NaN too
@@ -151,6 +153,7 @@ class Member:
         """Keep what was rehearsed if it is the best so far."""
         error, value = score if all(map(math.isfinite, score)) else (math.inf, math.inf)
         self.records.append({"step": step, "error": error, "task_loss": value})
+        # validation error first; the task loss decides between equal errors
         if (error, value) < self.best_key:
             self.best_key, self.best_step, self.best = (error, value), step, state
 
@@ -188,7 +191,7 @@ class Subject(Protocol):
         """A copy of what member i has learned."""
 
     def restore(self, i: int, state: Any) -> None:
-        """Put a copy back."""
+        """Let a member have again what :meth:`state` copied."""
 
 
 def meta_learn(
@@ -221,9 +224,11 @@ def meta_learn(
         rehearse(0)
     if callback:
         callback(0)
+    # the first rollout
     subject.begin()
     for step in tqdm(range(1, settings.steps + 1), desc="initialise", disable=not progress, leave=None):
         over = [i for i, member in enumerate(members) if member.remaining == 0]
+        # all over at once is the rule: a rollout has the same length for all
         if len(over) == len(members):
             subject.begin()
         else:  # the rollouts of some have diverged before their time
@@ -235,6 +240,7 @@ def meta_learn(
             rehearse(step)
         if callback:
             callback(step)
+    # refuse before anything is put back
     outcomes = [member.outcome(settings.steps) for member in members]
     for i, member in enumerate(members):
         if member.best is not None:
@@ -245,6 +251,7 @@ def meta_learn(
 def endless(batches: Iterable[Batch], name: str = "training") -> Iterator[Batch]:
     """Repeat a loader for ever, so that no epoch's end cuts a loop short; ``ValueError`` naming it if it is empty."""
     while True:
+        # an iterator that is used up gives nothing the second time round
         empty = True
         for batch in batches:
             empty = False

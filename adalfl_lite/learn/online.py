@@ -87,6 +87,7 @@ class OnlineLoss(Learner):
         clipping = Clipping(clip_gradient_norm, clip_gradient_value)
         if clip_meta_gradient is not None and not clip_meta_gradient > 0:
             raise ValueError(f"clip_meta_gradient must be positive, or None not to clip; got {clip_meta_gradient}")
+        # refusals first; from here on things are made, and nothing has moved yet
         check_step(model, optimizer, gradients=False)
         _check_loss_network(loss_network, model, meta_optimizer)
         measured = task_loss or default_task_loss(loss_network)
@@ -151,14 +152,18 @@ class OnlineLoss(Learner):
         for name, given in (("batch", batch), ("meta_batch", meta_batch)):
             for part in micro_batches(given):
                 check_batch(part, name, self.model)
+        # class labels in one and floats in the other would be two different losses
         dtypes = [micro_batches(given)[0][1].dtype for given in (batch, meta_batch)]
         if dtypes[0] != dtypes[1]:
             raise ValueError(f"targets are {dtypes[0]} in batch, {dtypes[1]} in meta_batch; give the same")
         with self._undo() as undo:
             try:
+                # equation (1), left: θ moves, and with it comes ∇_φ L_T
                 result = self._meta_gradient([batch], meta_batch, undo)
+                # equation (1), right: φ moves
                 self.apply_meta_gradient(result)
                 advance(self.loss_network)
+            # say so if it was the data: a NaN in a batch is not a rate that is too large
             except FloatingPointError:
                 for name, given in (("batch", batch), ("meta_batch", meta_batch)):
                     for part in micro_batches(given):
@@ -187,6 +192,7 @@ class OnlineLoss(Learner):
             self._begun = True
             return result
         except NotImplementedError as error:
+            # before anyone is told to use another engine, that engine is tried on this very step
             remedy = self._remedy(name, batches, meta_batch)
             raise NotImplementedError(f"engine={name!r} cannot serve this model: {error}; {remedy}") from error
 
@@ -222,9 +228,11 @@ class OnlineLoss(Learner):
         check_finite(values, self.model, ", or initialise the loss network for this optimizer (adalfl_lite.initialise)")
         for (_, parameter), gradient in zip(named, result.meta_gradient, strict=True):
             parameter.grad = gradient
+        # on .grad, where torch's own function expects it
         if self.clip_meta_gradient is not None:
             nn.utils.clip_grad_norm_([parameter for _, parameter in named], self.clip_meta_gradient)
         self.meta_optimizer.step()
+        # a .grad that stayed would be added to by the user's own backward pass through φ
         for _, parameter in named:
             parameter.grad = None
 

@@ -81,6 +81,7 @@ class Stacked(Learner):
         self.stack = Stack(self.models)
         self.loss = StackedLoss([n for n in networks if isinstance(n, LossNetwork)]) if networks else None
         optimizers = [one.optimizer for one in learners]
+        # described while the rates are still in the optimizers
         self.described = {**first.describe(), "loss": None if self.loss is None else str(self.losses[0])}
         if isinstance(first, OnlineLearningRate):  # its rates are kept apart, one for each learner
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -124,6 +125,7 @@ class Stacked(Learner):
                 result = self._step_of_rates(batch, meta_batch, undo)
             else:
                 result = self.engine(batch, meta_batch if self.adapts else None, undo)
+            # buffers of the stack are no part of the model that Undo knows
             if strict and not (finite := result.finite()).all():
                 for name, buffer in saved.items():
                     self.stack.buffers[name].copy_(buffer)
@@ -136,6 +138,7 @@ class Stacked(Learner):
     def _step_of_rates(self, batch: Batch, meta_batch: Batch, undo: Undo) -> StackedStep:
         """Algorithm 4 for S rates, though the optimizer has one: θ' = θ + α (U(θ, g; 1) − θ), for U is proportional."""
         rates = self.log_rates.exp()  # type: ignore[union-attr]
+        # the optimizer's rate is 1 here, so that the parameters have moved by the whole of −d(θ, g)
         learned = self.engine(batch, None, undo).training_loss
         slopes = torch.zeros_like(rates)
         with torch.no_grad():
@@ -144,7 +147,9 @@ class Stacked(Learner):
             for i, group in enumerate(self.optimizer.param_groups):
                 for parameter in group["params"]:
                     before = next(old)
+                    # α of each learner, along the leading dimension
                     scale = rates[:, i].to(before).view(-1, *[1] * (before.ndim - 1))
+                    # θ' = θ − α d: what each optimizer would have done with its own rate
                     parameter.copy_(before + scale * (parameter - before))
                     moved.append((parameter, before, i))
         meta_loss, v = self.engine.gradient_after(meta_batch)
@@ -166,7 +171,7 @@ class Stacked(Learner):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Put back a state that :meth:`state_dict` of one of the same make gave."""
         self.stack.load_state_dict(state["models"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.loss is not None:

@@ -34,11 +34,11 @@ class SmoothLeakyReLU(nn.Module):
         self.beta, self.gamma = beta, gamma
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply φ elementwise."""
+        """φ(x) of every entry, of the shape of x."""
         return (1 - self.gamma) * F.softplus(x, self.beta) + self.gamma * x
 
     def slope(self, x: Tensor) -> Tensor:
-        """φ'(x)."""
+        """φ'(x) of every entry, of the shape of x."""
         return (1 - self.gamma) * torch.sigmoid(self.beta * x) + self.gamma
 
     def extra_repr(self) -> str:

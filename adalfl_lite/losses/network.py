@@ -110,7 +110,7 @@ class LossNetwork(StoredLoss):
 
     @classmethod
     def default(cls, kind: str, **options: Any) -> LossNetwork:
-        """:meth:`classification` or :meth:`regression`."""
+        """The loss network of a kind of task: :meth:`classification` or :meth:`regression`."""
         return cls.classification(**options) if check_kind(kind) == "classification" else cls.regression(**options)
 
     @classmethod

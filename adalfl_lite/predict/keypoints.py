@@ -130,7 +130,7 @@ class HeatmapNet(nn.Module):
         self.maps = nn.Conv2d(2 * width, joints, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The flattened heat maps."""
+        """The heat maps of a batch of images, flattened to (B, K)."""
         fine = self.fine(images)
         middle = self.middle(F.max_pool2d(fine, 2))
         coarse = self.coarse(F.max_pool2d(middle, 2))

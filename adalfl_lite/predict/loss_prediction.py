@@ -153,7 +153,7 @@ class FeatureTap:
         return [self._outputs[position] for position in range(len(self.layers))]
 
     def __enter__(self) -> FeatureTap:
-        """Attach to the layers."""
+        """Begin to listen to the outputs of the layers."""
         for position, layer in enumerate(self.layers):
 
             def keep(module: nn.Module, inputs: Any, output: Tensor, position: int = position) -> None:
@@ -163,7 +163,7 @@ class FeatureTap:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Detach from them."""
+        """Stop listening to the layers, also after an error."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
