@@ -18,14 +18,15 @@ PROGRAM, DIAGNOSTICS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_program_runs_as_printed(monkeypatch):
-    short = partial(adalfl_lite.initialise, steps=20, imitation_steps=20, rehearsals=1, rehearsal_steps=10)
+    settings = adalfl_lite.Initialiser(steps=20, imitation_steps=20, rehearsals=1, rehearsal_steps=10)
+    short = partial(adalfl_lite.initialise, settings=settings)
     monkeypatch.setattr(adalfl_lite, "initialise", short)
     before = PROGRAM.count("range(1000)")
     names: dict = {}
     torch.manual_seed(0)
     exec(PROGRAM.replace("range(1000)", "range(15)").replace("progress=True", "progress=False"), names)
     assert before == 1 and names["step"] == 14
-    assert torch.isfinite(names["log"].task_loss)
+    assert torch.isfinite(names["log"].meta_loss)
 
 
 def test_the_diagnostics_run_as_printed(capsys):
