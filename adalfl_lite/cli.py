@@ -239,8 +239,17 @@ def compare_command(
     _usable(device, out)
     for each in chosen:
         _load(each, root=root, download=download)
-    options: dict[str, Any] = {"folder": out / "jobs", "root": root, "device": device, "jobs": jobs}
-    results = _checked(compare, chosen, names, range(seeds), together=together, **options)
+    results = _checked(
+        compare,
+        chosen,
+        names,
+        range(seeds),
+        folder=out / "jobs",
+        root=root,
+        device=device,
+        jobs=jobs,
+        together=together,
+    )
     _write(results, out / "comparison.parquet")
     print_errors(results, "test error, mean over seeds")
     with theme():

@@ -1,4 +1,6 @@
-"""Diagnostics of losses and of training, for any model and any loss; nothing here needs the rest of this project::
+"""Diagnostics of losses and of training, for any model and any loss; nothing here needs the rest of this project.
+
+By subject::
 
     loss_shapes      a loss over the prediction, its derivative, flatness, convexity and asymptotes
     effective_lr     ∇M = c ∇L + r: the learning rate a loss implies, over time and per layer

@@ -1,4 +1,6 @@
-"""One look for every figure: sizes of a journal page, embedded fonts, colours that survive colour blindness::
+"""One look for every figure: sizes of a journal page, embedded fonts, colours that survive colour blindness.
+
+Either in a block ::
 
     with theme("column"):
         ax = plot_learning_curves(history)

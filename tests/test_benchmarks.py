@@ -34,3 +34,11 @@ def test_seeds_are_timed_beside_one():
     table = seeds.compare(seeds.train, 2, 2)
     assert table.seeds.tolist() == list(seeds.SEEDS)
     assert all(math.isfinite(ratio) for ratio in table.ratio)  # two steps are too few for their signs to mean anything
+
+
+@pytest.mark.slow
+def test_the_check_of_a_step_is_timed_beside_a_step_without(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    agreement = load("agreement")
+    found = agreement.ratios("mlp64", 3, 8)
+    assert len(found) == 3 and all(math.isfinite(ratio) for ratio in found)

@@ -131,6 +131,24 @@ def test_a_module_is_read_in_one_sitting(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_function_fits_on_a_page_and_takes_no_crowd(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None and len(node.body) > 1
+            first = node.body[1] if documented else node.body[0]
+            assert node.body[-1].end_lineno - first.lineno < 60, node.name
+            named = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert len([name for name in named if name not in ("self", "cls")]) <= 14, node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_docstrings_say_what_to_whom(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (words := ast.get_docstring(node)):
+            assert len(words.split()) > 4, (node.name, words)
+
+
 @pytest.mark.parametrize("package", ["adalfl_lite", "analysis"])
 def test_type_checkers_are_told_that_the_packages_are_typed(package):
     assert (ROOT / package / "py.typed").is_file()

@@ -22,7 +22,6 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import joblib
 import pandas as pd
@@ -105,7 +104,7 @@ def _run_methods(
 ) -> list[pd.DataFrame]:
     """One job. Methods that start from the same learned loss share its initialisation."""
     frames: list[pd.DataFrame] = []
-    options: dict[str, Any] = {"root": root, "device": device, "progress": progress}
+    ran = partial(run, root=root, device=device, progress=progress)
     shared: dict[int, dict] = {seed: {} for seed in seeds}
     for name, method in methods.items():
         paths = {} if folder is None else {seed: job_path(folder, task.name, name, seed) for seed in seeds}
@@ -115,11 +114,14 @@ def _run_methods(
         results: dict[int, pd.DataFrame] = {}
         if len(left) > 1 and method.stacks(task):
             with suppress(FloatingPointError):  # then one by one, so that only the seed that diverges is lost
-                found = run(task, method, left, name=name, shared=shared, **options)
+                found = ran(task, method, left, name=name, shared=shared)
                 results = {seed: rows for seed, rows in found.groupby("seed")}
         for seed in left:
             if seed not in results:
-                results[seed] = _run_or_diverge(task, method, seed, name=name, shared=shared, **options)
+                try:
+                    results[seed] = ran(task, method, seed, name=name, shared=shared)
+                except FloatingPointError:
+                    results[seed] = _diverged(task, method, seed, name, device)
             if seed in paths:
                 write_results(results[seed], paths[seed])
             frames.append(results[seed])
@@ -153,15 +155,12 @@ def _stored(path: Path, task: Task, method: Method) -> pd.DataFrame:
     return stored
 
 
-def _run_or_diverge(task: Task, method: Method, seed: int, *, name: str, device: str, **options: Any) -> pd.DataFrame:
-    """The history; of a run that diverged one row, at its last step."""
-    try:
-        return run(task, method, seed, name=name, device=device, **options)
-    except FloatingPointError:
-        labels = {"task": task.name, "method": name, "seed": seed, "step": method.steps(task)}
-        errors = {"test_error": math.inf, "valid_error": math.inf}
-        settings = {"settings": _settings(task), "recipe": method.recipe}
-        return pd.DataFrame([{**labels, **errors, **settings, **provenance(device)}])
+def _diverged(task: Task, method: Method, seed: int, name: str, device: str) -> pd.DataFrame:
+    """The one row of a run that diverged, at the step where it would have ended."""
+    labels = {"task": task.name, "method": name, "seed": seed, "step": method.steps(task)}
+    errors = {"test_error": math.inf, "valid_error": math.inf}
+    settings = {"settings": _settings(task), "recipe": method.recipe}
+    return pd.DataFrame([{**labels, **errors, **settings, **provenance(device)}])
 
 
 def run(

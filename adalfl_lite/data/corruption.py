@@ -40,11 +40,23 @@ def with_label_noise(data: Dataset, rate: float, seed: int) -> Dataset:
         count = round(rate * len(split))
         rows = torch.randperm(len(split), generator=generator)[:count]
         shift = torch.randint(1, data.outputs, (count,), generator=generator)
-        targets = split.targets.clone()
-        targets[rows] = (targets[rows] + shift) % data.outputs
-        return replace(split, targets=targets)
+        return relabelled(split, rows, shift, data.outputs)
 
     return replace(data, train=noisy(data.train), valid=noisy(data.valid))
+
+
+def relabelled(split: Split, rows: Tensor, shift: Tensor, classes: int) -> Split:
+    """The split, the labels of some of its rows moved on by ``shift`` in 1 ... C − 1, so that each is wrong.
+
+    Args:
+        split: with classes (N,) for targets.
+        rows: which ones, as (n,) indices or a mask (N,).
+        shift: (n,), int64.
+        classes: C.
+    """
+    targets = split.targets.clone()
+    targets[rows] = (targets[rows] + shift) % classes
+    return replace(split, targets=targets)
 
 
 def with_imbalance(data: Dataset, ratio: float, seed: int) -> Dataset:

@@ -30,7 +30,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -273,5 +272,4 @@ class OutputDerivative:
                 found = self.along(tangent)
             return [gradient for p, gradient in zip(parameters, found, strict=True) if p.requires_grad]
         phi = [p for p in parameters if p.requires_grad]
-        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-        return list(torch.autograd.grad(self.graph, phi, tangent, **options))
+        return list(torch.autograd.grad(self.graph, phi, tangent, allow_unused=True, materialize_grads=True))

@@ -104,8 +104,9 @@ def meta_pass(
             prediction = own(forward(model, batch[0], autocast))
         attributes = Attributes(model) if keep else None
         loss = task_loss(prediction, batch[1])
-        options: dict[str, Any] = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
-        v = list(torch.autograd.grad(loss, parameters, **options)) if parameters else []
+        v: list[Tensor] = []
+        if parameters:
+            v += torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True, materialize_grads=True)
     states = (buffers, random, RandomState(model), found, outputs, new_buffers, attributes)
     circumstances = _circumstances(model, batch) if keep else []
     return ForwardPass(batch, prediction, *states, circumstances), loss.detach(), v

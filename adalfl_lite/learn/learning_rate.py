@@ -306,8 +306,11 @@ def implied_scale(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -
     with eval_mode(model):
         prediction = model(batch[0])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    learned, task = (torch.autograd.grad(f(prediction, batch[1]), parameters, **options) for f in (loss, task_loss))
+    values = [f(prediction, batch[1]) for f in (loss, task_loss)]
+    learned, task = (
+        torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for value in values
+    )
     # the projection of ∇M on ∇L
     inner = sum((m * g).sum() for m, g in zip(learned, task, strict=True))
     return float(inner / sum(g.square().sum() for g in task))

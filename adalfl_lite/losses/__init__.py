@@ -1,4 +1,6 @@
-"""Losses: what is minimised, all called as (prediction, target) -> scalar::
+"""Losses: what is minimised, all called as (prediction, target) -> scalar.
+
+Each imports those above it alone::
 
     task         the task losses L_T, and what predictions and targets must look like
     activations  of a loss network, with their derivatives

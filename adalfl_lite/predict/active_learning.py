@@ -1,4 +1,6 @@
-"""Pool-based active learning for regression: which rows to label next, by four strategies that share all else::
+"""Pool-based active learning for regression: which rows to label next, by four strategies that share all else.
+
+The strategies are ::
 
     random              the control
     learning-loss       the highest predicted loss, from a loss module trained by margin ranking (Yoo and Kweon 2019)

@@ -27,6 +27,7 @@ from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss
 from adalfl_lite.compare import Task, fresh, get_task
 from adalfl_lite.compare.recipes import INITIALISATION_SEED, Job, streams
 from adalfl_lite.data import BatchSampler, Dataset, Split
+from adalfl_lite.data.corruption import relabelled
 from adalfl_lite.engines import plain_step
 from adalfl_lite.files import atomic_save, load_payload
 from adalfl_lite.learn import LearningRate, initialise_learning_rate
@@ -77,8 +78,8 @@ class Setting:
 
     def _spoilt(self, split: Split, draw: torch.Generator) -> Split:
         wrong = torch.rand(len(split), generator=draw) < self.wrong_labels
-        other = (split.targets + torch.randint(1, 10, (len(split),), generator=draw)) % 10
-        return replace(split, targets=torch.where(wrong, other, split.targets))
+        shift = torch.randint(1, 10, (len(split),), generator=draw)  # of all rows: so were the stored results drawn
+        return relabelled(split, wrong, shift[wrong], 10)
 
 
 DIGITS = get_task("digits").with_(steps=1000)

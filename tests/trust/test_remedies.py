@@ -294,10 +294,10 @@ def rate_by(given, kind):
     return online.step(given.batch, given.meta_batch).meta_loss.isfinite().item()
 
 
-def scheduled(given, steps, multipliers):
+def scheduled(given, steps, scales):
     """The rates of a replayed schedule."""
     optimizer = given.optimizer()
-    scheduler = replay(optimizer, steps, multipliers)
+    scheduler = replay(optimizer, steps, scales)
     rates = []
     for _ in range(3):
         rates.append(optimizer.param_groups[0]["lr"])
