@@ -73,6 +73,8 @@ def compare(
             ``together``, and the task's model cannot be stacked.
     """
     chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
+    if isinstance(methods, str):
+        raise TypeError(f"methods must be a list of names, got {methods!r}; use [{methods!r}]")
     names = list(methods)
     for name, values in (("tasks", [task.name for task in chosen]), ("methods", names), ("seeds", seeds)):
         if not len(values):

@@ -129,6 +129,10 @@ class Plain(Learner):
         autocast: torch.dtype | None = None,
     ):
         check_has_parameters(model)
+        if not callable(loss):
+            raise TypeError(
+                f"loss must be a function or a module, got {type(loss).__name__}; use one such as F.mse_loss"
+            )
         check_trainable(model, optimizer)
         check_no_closure(optimizer)
         check_autocast(autocast)
@@ -182,7 +186,9 @@ def describe_training(
 
 
 def check_has_parameters(model: nn.Module) -> None:
-    """Raise ``ValueError`` if there is nothing to train."""
+    """Raise ``TypeError`` if this is no model, ``ValueError`` if there is nothing to train in it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:
         raise ValueError(f"the model has no parameters: there is nothing to train in a {type(model).__name__}")
 

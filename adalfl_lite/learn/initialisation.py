@@ -251,6 +251,9 @@ def initialise_seeds(
 
 
 def _check_validate(settings: Initialiser, validate: object) -> None:
+    """Raise for settings that are none, and for a score where nothing is rehearsed."""
+    if not isinstance(settings, Initialiser):
+        raise TypeError(f"settings must be an Initialiser, got {type(settings).__name__}; use Initialiser(steps=...)")
     if not settings.rehearsals:
         check_used("without rehearsals", validate=(validate, None))
 

@@ -67,6 +67,10 @@ class Stacked(Learner):
             raise TypeError(f"a stack is of one kind, got {type(first).__name__} and {type(wrong[0]).__name__}")
         for one in learners:
             _check_member(one)
+        for parts in ([one.models[0] for one in learners], [one.losses[0] for one in learners]):
+            modules = [id(part) for part in parts if isinstance(part, nn.Module)]
+            if len(set(modules)) < len(modules):
+                raise ValueError("two learners of a stack share a model or a loss; give each its own")
         self.models, self.losses = [one.models[0] for one in learners], [one.losses[0] for one in learners]
         for model in self.models:
             check_initialised(model)
@@ -213,7 +217,10 @@ def _kind_of(loss: Loss) -> str:
 
 
 def _check_member(learner: Learner) -> None:
-    """Raise ``ValueError`` for a learner that is under way, or has a setting which a stack has not."""
+    """Raise for a learner that is of another kind, is under way, or has a setting which a stack has not."""
+    if not isinstance(learner, Plain | OnlineLoss | OnlineLearningRate):
+        name = type(learner).__name__
+        raise TypeError(f"{name} cannot be stacked; give Plain, OnlineLoss or OnlineLearningRate learners")
     if learner.optimizer.state:
         raise ValueError("a learner has taken steps already; stack fresh ones, and load a state into the stack")
     described = learner.describe()

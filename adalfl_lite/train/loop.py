@@ -117,7 +117,7 @@ def fit(
         seeds=list(seeds) if several else None,
         callback=callback,
     )
-    evaluate_every = evaluate_every or max(1, steps // 20)
+    steps, evaluate_every = int(steps), int(evaluate_every or max(1, steps // 20))
     described = {
         **describe_data(*datasets),
         **learner.describe(),
@@ -286,6 +286,11 @@ def _one_each(
     learner: Learner, data: Dataset | Sequence[Dataset], seed: int | Sequence[int]
 ) -> tuple[list[Dataset], list[int]]:
     """A data set and a seed for each model."""
+    if not isinstance(learner, Learner):
+        raise TypeError(
+            f"fit trains a learner, got {type(learner).__name__}; give Plain(model, loss, optimizer), or"
+            " OnlineLoss(model, loss_network, optimizer)"
+        )
     count = len(learner.models)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     datasets = [data] * count if isinstance(data, Dataset) else data
