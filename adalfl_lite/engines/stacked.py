@@ -191,7 +191,7 @@ class StackedForward:
                 known = isinstance(error, NotImplementedError | torch.OutOfMemoryError)
                 if isinstance(error, RuntimeError) and not known:
                     raise NotImplementedError(
-                        f"these models cannot pass as a stack: {error}; train them with fit, one by one"
+                        f"these models cannot pass as a stack: {error}; train them one by one"
                     ) from error
                 raise
 
@@ -273,7 +273,7 @@ def _check_alone(
     flat = [torch.cat([g.flatten() for g in given]) for given in (found, [gradient[0] for gradient in gradients])]
     tolerance = tolerance_of(prediction.dtype)
     if any((a - b).norm() > tolerance * (a.norm() + b.norm()) for a, b in ((alone, prediction[0]), flat)):
-        raise NotImplementedError("a stack of these models is not what each is alone; train them with fit, one by one")
+        raise NotImplementedError("a stack of these models is not what each is alone; train them one by one")
 
 
 @torch.no_grad()
@@ -318,9 +318,9 @@ def check_stackable(models: Sequence[nn.Module], losses: Sequence[nn.Module]) ->
         check_no_hooks(torch.optim.SGD(model.parameters()))
     for module in models[0].modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError("dropout draws other numbers in a stack than alone; train such models with fit")
+            raise ValueError("dropout draws other numbers in a stack than alone; train such models one by one")
     if any(not parameter.requires_grad for parameter in models[0].parameters()):
-        raise ValueError("some parameters are frozen; train such models with fit")
+        raise ValueError("some parameters are frozen; train such models one by one")
     for network in losses:
         if not in_closed_form(network):
             raise TypeError(f"{type(network).__name__} cannot be stacked; give LossNetworks of known layers")

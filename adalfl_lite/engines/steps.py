@@ -130,7 +130,7 @@ def check_step(model: nn.Module, optimizer: Optimizer, gradients: bool = True) -
     """Raise unless this optimizer can take a differentiable step of this model now.
 
     Args:
-        model, optimizer: see :func:`forward_mode_step`.
+        model, optimizer: see :class:`~adalfl_lite.engines.base.Problem`.
         gradients: look for a ``.grad`` that is there already, too.
 
     Raises:

@@ -189,7 +189,7 @@ def test_models_that_are_something_else_in_a_stack_are_refused_before_they_moved
     stack, loss = Stack(models), StackedLoss(losses)
     optimizer = sgd(stack.parameters)
     before = copy.deepcopy(stack.state_dict())
-    with pytest.raises(NotImplementedError, match="train them with fit, one by one"):
+    with pytest.raises(NotImplementedError, match="train them one by one"):
         StackedForward(stack, loss if learned else None, optimizer, "regression")(
             batch, meta_batch if learned else None
         )
