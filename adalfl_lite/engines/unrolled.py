@@ -242,7 +242,7 @@ def _differentiated_twice() -> Iterator[None]:
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Around a pass of the engine "unrolled": what torch differentiates only once is written so that it can do it twice."""
+    """Around a pass of the engine "unrolled": what torch differentiates only once is written so that it can twice."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

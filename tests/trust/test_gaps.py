@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite import LossNetwork, OnlineLoss
-from adalfl_lite.engines import forward as metagradient
+from adalfl_lite.engines import forward
 from adalfl_lite.engines.steps import plain_step
 
 
@@ -39,8 +39,8 @@ def test_a_parameter_that_the_loss_does_not_use_has_a_meta_gradient_of_zero(engi
 
 @pytest.mark.parametrize(("loss", "closed"), [(LossNetwork.classification(), True), (Scaled(), False)])
 def test_derivatives_in_closed_form_are_used_where_they_are_known(loss, closed, batch, monkeypatch):
-    calls, real = [], metagradient.derivatives
-    monkeypatch.setattr(metagradient, "derivatives", lambda *given: calls.append(1) or real(*given))
+    calls, real = [], forward.derivatives
+    monkeypatch.setattr(forward, "derivatives", lambda *given: calls.append(1) or real(*given))
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     OnlineLoss(model, loss, optimizer, task_loss=F.cross_entropy).step(batch, batch)

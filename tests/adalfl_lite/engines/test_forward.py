@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adalfl_lite.engines import forward as metagradient
+from adalfl_lite.engines import forward
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import task_loss
 from tests.shorthand import forward_mode_step, unrolled_step
@@ -64,7 +64,7 @@ def relative_difference(a, b):
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("model_name", MODELS)
 def test_forward_mode_equals_double_backward(model_name, optimizer_name, kind, monkeypatch):
-    monkeypatch.setattr(metagradient, "KEPT_FAN_IN", 0)  # these models are small
+    monkeypatch.setattr(forward, "KEPT_FAN_IN", 0)  # these models are small
     model, network, batch = make(model_name, kind)
     other, loss = copy.deepcopy(model), task_loss(kind)
     optimizer, other_optimizer = (OPTIMIZERS[optimizer_name](m.parameters()) for m in (model, other))
