@@ -114,12 +114,12 @@ class Member:
 
     Args:
         rollout_steps: of the settings.
-        seed: of a random state of its own; None: torch's global one.
+        seed: of a random state of its own, from which :meth:`draw` draws; None where nothing is drawn through it.
     """
 
     def __init__(self, rollout_steps: int, seed: int | None = None):
         self.seed, self.rollout_steps = seed, rollout_steps
-        self.random_state = None if seed is None else torch.Generator().manual_seed(seed).get_state()
+        self.random_state = torch.Generator().manual_seed(seed or 0).get_state()
         self.remaining, self.first_loss, self.abandoned = rollout_steps, math.inf, 0
         self.records: list[dict[str, float]] = []
         self.best_key, self.best_step = (math.inf, math.inf), 0
@@ -127,8 +127,6 @@ class Member:
 
     def draw(self, make: Callable, *arguments: object) -> Any:
         """What ``make`` makes from this member's random state."""
-        if self.random_state is None:
-            return make(*arguments)
         # each member draws as it would alone, whatever the others have drawn before
         outside = torch.get_rng_state()
         torch.set_rng_state(self.random_state)

@@ -61,6 +61,9 @@ _FILTER = 'warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated",
 _MEMORY = "torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, which raises the limit above which it does"
 _MASK = "tangent, primal, gain, None, None, mean, scale, training, eps, [True, False, False]"
 EQUIVALENT = {
+    "adalfl_lite.losses.activations": {
+        "0.0 -> 1.0 at column 54 of return z.clamp_min(0), (z > 0).to(z.dtype), None, 0.0": "a factor of no sigmoid",
+    },
     "adalfl_lite.engines.compiled": {
         "USub dropped at column 40 of self.outputs = prediction.shape[-1]": "predictions of classes are (B, C)",
     },

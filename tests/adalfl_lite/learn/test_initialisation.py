@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adalfl_lite import Initialiser
 from adalfl_lite.learn.imitation import imitate
 from adalfl_lite.learn.meta_learning import endless
 from adalfl_lite.losses.network import LossNetwork
@@ -348,3 +349,12 @@ def test_an_iterator_that_cannot_start_again_is_named():
         ValueError, match="train batches are empty or used up; pass a loader that can be iterated again"
     ):
         next(once)
+
+
+def test_the_settings_are_the_recommended_ones_or_the_papers():
+    """2,500 meta steps; ours with imitation, rollouts and eight rehearsals, at 2,500/√2ᵏ; the paper's with none."""
+    ours, paper = Initialiser(), Initialiser.published(steps=10)
+    assert (ours.steps, ours.imitation_steps, ours.rollout_steps, ours.rehearsals) == (2500, 800, 20, 8)
+    assert ours.moments == [221, 312, 442, 625, 884, 1250, 1768, 2500]
+    assert (paper.steps, paper.imitation_steps, paper.rollout_steps, paper.moments) == (10, 0, 1, [])
+    assert ours.with_(steps=10) != ours == Initialiser() and hash(ours) == hash(Initialiser())

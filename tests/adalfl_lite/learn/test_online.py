@@ -408,3 +408,27 @@ def test_the_row_of_a_target_that_is_not_finite_is_named():
     targets[3] = math.nan
     with pytest.raises(ValueError, match=r"batch: targets are not finite \(first in row 3\)"):
         check_values((torch.zeros(5, 2), targets), "batch")
+
+
+class Sometimes(nn.Module):
+    """A model that leaves a layer out where it gets fewer than five rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.rarely = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.always(x) + self.rarely(x) if len(x) > 4 else self.always(x)
+
+
+@pytest.mark.parametrize("engine", ["forward", "shared", "finite-difference"])
+def test_a_parameter_that_the_meta_batch_does_not_reach_has_no_part_in_the_meta_gradient(engine):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    model, network = Sometimes().double(), LossNetwork.classification(hidden=(5,)).double()
+    twin, twin_network = copy.deepcopy((model, network))
+    found = learner(model, network, engine=engine).meta_gradient([(x, y)], (x[:4], y[:4]))
+    expected = learner(twin, twin_network, engine="unrolled").meta_gradient([(x, y)], (x[:4], y[:4]))
+    tolerance = 1e-5 if engine == "finite-difference" else 1e-12
+    torch.testing.assert_close(found.meta_gradient, expected.meta_gradient, rtol=tolerance, atol=tolerance)
+    assert max(gradient.abs().max() for gradient in found.meta_gradient) > 1e-6
