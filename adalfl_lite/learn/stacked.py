@@ -74,13 +74,17 @@ class Stacked(Learner):
         self.models, self.losses = [one.models[0] for one in learners], [one.losses[0] for one in learners]
         for model in self.models:
             check_initialised(model)
-        kinds = {_kind_of(one.task_loss if one.adapts else one.losses[0]) for one in learners}  # type: ignore[union-attr]
+        # a stack trains with loss networks or with the task loss, and measures with the task loss: nothing else
+        kinds = {_kind_of(loss) for loss in self.losses}
+        kinds |= {_kind_of_task_loss(one.task_loss) for one in learners if not isinstance(one, Plain)}
         if len(kinds) != 1:
-            raise ValueError(f"a stack has one task loss, got those of {' and '.join(sorted(kinds))}")
+            raise ValueError(f"a stack has one task loss, got those of {' and '.join(sorted(kinds))}; stack them apart")
         networks = [loss for loss in self.losses if isinstance(loss, nn.Module)]
         if networks and len(networks) != len(learners):
             raise ValueError("some are trained with a loss network and some are not; stack them apart")
         check_stackable(self.models, networks)
+        if isinstance(first, OnlineLoss) and not all(p.requires_grad for n in networks for p in n.parameters()):
+            raise ValueError("some weights of a loss network are frozen; train such learners one by one")
         keep_freed_memory()
         self.stack = Stack(self.models)
         self.loss = StackedLoss([n for n in networks if isinstance(n, LossNetwork)]) if networks else None
@@ -123,20 +127,23 @@ class Stacked(Learner):
     def try_step(self, batch: Batch, meta_batch: Batch | None = None, *, strict: bool = False) -> StackedStep:
         """:meth:`step`, which lets a learner that is not finite be, and keeps what it learned as it was."""
         others = [] if self.meta_optimizer is None else [self.meta_optimizer]
-        saved = {name: buffer.clone() for name, buffer in self.stack.buffers.items()} if strict else {}
-        with Undo(self.stack.model, self.optimizer, *others) as undo:
-            if self.log_rates is not None and meta_batch is not None:
-                result = self._step_of_rates(batch, meta_batch, undo)
-            else:
-                result = self.engine(batch, meta_batch if self.adapts else None, undo)
+        saved = {name: buffer.clone() for name, buffer in self.stack.buffers.items()}
+        try:
+            with Undo(self.stack.model, self.optimizer, *others) as undo:
+                if self.log_rates is not None and meta_batch is not None:
+                    result = self._step_of_rates(batch, meta_batch, undo)
+                else:
+                    result = self.engine(batch, meta_batch if self.adapts else None, undo)
+                if strict and not (finite := result.finite()).all():
+                    bad = ", ".join(str(i) for i, good in enumerate(finite.tolist()) if not good)
+                    raise FloatingPointError(f"a loss of learner {bad} was not finite; lower the learning rate")
+                if self.meta_optimizer is not None:
+                    meta_step(self.meta_optimizer, result)
+        except BaseException:
             # buffers of the stack are no part of the model that Undo knows
-            if strict and not (finite := result.finite()).all():
-                for name, buffer in saved.items():
-                    self.stack.buffers[name].copy_(buffer)
-                bad = ", ".join(str(i) for i, good in enumerate(finite.tolist()) if not good)
-                raise FloatingPointError(f"a loss of learner {bad} was not finite; lower the learning rate")
-            if self.meta_optimizer is not None:
-                meta_step(self.meta_optimizer, result)
+            for name, buffer in saved.items():
+                self.stack.buffers[name].copy_(buffer)
+            raise
         return result
 
     def _step_of_rates(self, batch: Batch, meta_batch: Batch, undo: Undo) -> StackedStep:
@@ -206,19 +213,25 @@ class Stacked(Learner):
 
 
 def _kind_of(loss: Loss) -> str:
-    """The kind of a loss network or of a task loss."""
-    kind = getattr(loss, "kind", None) or KIND_OF.get(loss)
+    """The kind of a loss that a stack trains with: of a loss network, or of a task loss."""
+    return loss.kind if isinstance(loss, LossNetwork) else _kind_of_task_loss(loss)
+
+
+def _kind_of_task_loss(loss: Loss) -> str:
+    """The kind of a task loss, "classification" or "regression"; ``TypeError`` if it is none."""
+    kind = KIND_OF.get(loss)
     if kind is None:
+        name = getattr(loss, "__name__", type(loss).__name__)
         raise TypeError(
-            f"{getattr(loss, '__name__', type(loss).__name__)} cannot be stacked; give LossNetworks of known layers, or"
-            " the task loss of one kind, such as torch.nn.functional.cross_entropy"
+            f"{name} cannot be stacked; give LossNetworks of known layers, or the task loss of one kind, such as"
+            " torch.nn.functional.cross_entropy"
         )
     return kind
 
 
 def _check_member(learner: Learner) -> None:
     """Raise for a learner that is of another kind, is under way, or has a setting which a stack has not."""
-    if not isinstance(learner, Plain | OnlineLoss | OnlineLearningRate):
+    if type(learner) not in (Plain, OnlineLoss, OnlineLearningRate):  # a subclass may do something else in its step
         name = type(learner).__name__
         raise TypeError(f"{name} cannot be stacked; give Plain, OnlineLoss or OnlineLearningRate learners")
     if learner.optimizer.state:

@@ -115,11 +115,12 @@ class Tools(Given):
         given = {"steps": 3, "batch_size": 8, "seeds": SEEDS, "progress": False, **changes}
         return fit_seeds(models or self.models(), losses, self.data(), make_optimizer=make_optimizer, **given)
 
-    def stacked(self, begun=False, rates=(0.1, 0.1), **settings):
+    def stacked(self, begun=False, frozen=False, rates=(0.1, 0.1), **settings):
         """A stack of two learned losses."""
         members = []
         for rate in rates:
             model, network = nn.Linear(4, 3), LossNetwork.classification()
+            network.network[0].requires_grad_(not frozen)
             members.append(
                 OnlineLoss(model, network, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9), **settings)
             )
@@ -789,6 +790,10 @@ INITIALISING = [
         lambda g: g.stacked(), lambda g: g.stacked_plain(F.cross_entropy, F.cross_entropy)),
     row("seeds: one loss twice", lambda g: g.stacked_plain(g.network, g.network), "give each its own",
         lambda g: g.stacked_plain(g.network, LossNetwork.classification())),
+    row("seeds: a frozen loss network", lambda g: g.stacked(frozen=True), "train such learners one by one", lambda g: g.stacked(),
+        lambda g: g.moved()),
+    row("seeds: two task losses", lambda g: g.stacked_plain(F.cross_entropy, F.mse_loss), "; stack them apart",
+        lambda g: [g.stacked_plain(loss, loss) for loss in (F.cross_entropy, F.mse_loss)]),
     row("seeds: two rates", lambda g: g.stacked(rates=(0.1, 0.2)), "all must be the same", lambda g: g.stacked(rates=(0.1, 0.1))),
     row("seeds: one in eval mode", lambda g: g.fit_seeds([nn.Linear(4, 3).train(bool(i)) for i in range(len(SEEDS))]),
         "all must be of one architecture, and in train mode", lambda g: g.fit_seeds([nn.Linear(4, 3) for _ in SEEDS])),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adalfl_lite import OnlineLoss, Plain, Stacked
+from adalfl_lite import OnlineLearningRate, OnlineLoss, Plain, Stacked
 from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import task_loss
@@ -125,6 +125,35 @@ def test_learners_of_two_kinds_or_with_two_settings_are_refused():
     plain[2].step((x, torch.tensor([0, 1, 2, 0])))
     with pytest.raises(ValueError, match="has taken steps already; stack fresh ones"):
         Stacked(plain)
+
+
+def smoothed(prediction, target):
+    return nn.functional.cross_entropy(prediction, target, label_smoothing=0.1)
+
+
+def test_what_a_stack_would_train_with_something_else_is_refused():
+    """Each of these would have been trained with the task loss, or learned by it, without a word."""
+    models, losses, _ = make()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    parts = list(zip(models, losses, optimizers, strict=True))
+    with pytest.raises(TypeError, match="smoothed cannot be stacked"):
+        Stacked([Plain(model, smoothed, optimizer) for model, _, optimizer in parts])
+    with pytest.raises(TypeError, match="smoothed cannot be stacked"):
+        Stacked([OnlineLearningRate(m, smoothed, o, task_loss=nn.functional.cross_entropy) for m, _, o in parts])
+    for measured in (smoothed, LossNetwork.classification().double()):
+        with pytest.raises(TypeError, match="cannot be stacked; give LossNetworks"):
+            Stacked([OnlineLoss(*of_one, task_loss=measured) for of_one in parts])
+    with pytest.raises(ValueError, match="one task loss, got those of classification and regression"):
+        Stacked([OnlineLoss(*of_one, task_loss=nn.functional.mse_loss) for of_one in parts])
+
+    class Own(OnlineLoss):
+        pass
+
+    with pytest.raises(TypeError, match="Own cannot be stacked; give Plain, OnlineLoss or"):
+        Stacked([Own(*of_one) for of_one in parts])
+    losses[1].network[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="some weights of a loss network are frozen; train such learners one by one"):
+        Stacked([OnlineLoss(*of_one) for of_one in parts])
 
 
 @pytest.mark.parametrize("build", [batch_norm, convnet])
