@@ -164,6 +164,19 @@ class RandomState:
         return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+def process_random_state() -> dict[str, Any]:
+    """torch's random state on the CPU and on every GPU, as tensors: what a checkpoint keeps."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def restore_process_random_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`process_random_state` gave, as far as there are such devices here."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 class Buffers:
     """Copies of a model's buffers."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.files import atomic_save, load_payload
 from adalfl_lite.learn.base import Learner
+from adalfl_lite.passes import process_random_state, restore_process_random_state
 from adalfl_lite.provenance import hash_of
 
 FORMAT = "adalfl-checkpoint-1"
@@ -57,9 +58,7 @@ def save_checkpoint(
         parts: by name, what else has a state: samplers, a scheduler.
         history: rows so far.
     """
-    random: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state_all()
+    random = process_random_state()
     states = {KEPT_AS.get(name, name): state for name, state in learner.state_dict().items()}
     states |= {name: part.state_dict() for name, part in parts.items()}
     run = {**run, "parts": sorted(states)}
@@ -89,7 +88,5 @@ def resume_checkpoint(
             part.load_state_dict(saved[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this run's learner or data: {error}") from error
-    torch.set_rng_state(saved["random"]["cpu"])
-    if "cuda" in saved["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    restore_process_random_state(saved["random"])
     return saved["history"]
