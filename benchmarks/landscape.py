@@ -10,7 +10,6 @@ them. They are printed and written to results/landscape.json beside this file.
 
 import argparse
 import json
-import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -108,14 +107,6 @@ def operations(examples: int, most: int = 6) -> dict[str, float]:
     return {name: times[name] / sum(times.values()) for name in largest}
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
-
-
 def rounded(value: object) -> object:
     """Four digits of every number."""
     if isinstance(value, dict):
@@ -136,7 +127,6 @@ if __name__ == "__main__":
         "operations": {"examples": PROFILED, "shares": rounded(operations(PROFILED))},
         **vars(options),
         **provenance(),
-        "device": processor(),
         "numpy": version("numpy"),
     }
     path = Path(__file__).parent / "results" / "landscape.json"
