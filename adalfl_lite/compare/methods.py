@@ -58,7 +58,11 @@ FULL_RATE_STEPS = 3000
 
 @dataclass(frozen=True)
 class Method:
-    """How a loss and a learning rate are had, and how they are used."""
+    """How a loss and a learning rate are had, and how they are used.
+
+    Raises:
+        ValueError: meta batches of another split, or ``online`` where there is nothing to adapt.
+    """
 
     loss: Given | Learned | TaylorSearch | SymbolicSearch
     about: str
@@ -74,6 +78,15 @@ class Method:
     """Train for as many steps as this method costs with its initialisation; None: as the task says."""
     meta_learning_rate: float | None = None
     """η of Algorithm 2; None: see :meth:`online_meta_learning_rate`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would look at the test split, or do nothing."""
+        if self.meta_batches not in ("valid", "train"):
+            raise ValueError(f"meta_batches must be 'valid' or 'train', got {self.meta_batches!r}")
+        if self.online and isinstance(self.loss, Given) and not isinstance(self.rate, LearnedRate):
+            loss = self.loss.loss
+            if not isinstance(loss, nn.Module) or not any(p.requires_grad for p in loss.parameters()):
+                raise ValueError("online=True has nothing to adapt; give a loss with weights, or rate=LearnedRate()")
 
     @property
     def recipe(self) -> str:

@@ -216,7 +216,7 @@ def initialise_seeds(
         train, valid: S streams each, of batches of one size.
         make_optimizer: parameters -> the base optimizer: SGD, Adam or AdamW.
         seeds: S seeds of what is drawn at random: loss networks, models, and the outputs of the imitation.
-        settings: of all; without clipping.
+        settings: of all; without clipping, and of the engine "forward".
         validate: S functions model -> (error, task loss), to score the rehearsals.
         progress: show a progress bar.
 
@@ -230,9 +230,8 @@ def initialise_seeds(
     """
     check_factories(make_loss_network=make_loss_network, make_model=make_model, make_optimizer=make_optimizer)
     _check_validate(settings, validate)
-    for name in ("clip_gradient_norm", "clip_gradient_value"):
-        if (bound := getattr(settings, name)) is not None:
-            raise ValueError(f"{name}={bound} is not for a stack; leave it out, or use initialise")
+    if settings.not_for_a_stack:
+        raise ValueError(f"{settings.not_for_a_stack} is not for a stack; leave it out, or use initialise")
     counts = {"seeds": len(seeds), "train": len(train), "valid": len(valid)}
     counts |= {} if validate is None else {"validate": len(validate)}
     if not len(seeds) or len(set(counts.values())) != 1:

@@ -89,6 +89,16 @@ class Initialiser:
         return Clipping(self.clip_gradient_norm, self.clip_gradient_value)
 
     @property
+    def not_for_a_stack(self) -> str:
+        """The first setting that several loss networks as one program cannot have, in words; "" if there is none."""
+        given: dict[str, Any] = {
+            "clip_gradient_norm": self.clip_gradient_norm,
+            "clip_gradient_value": self.clip_gradient_value,
+            "engine": None if self.engine == "forward" else self.engine,
+        }
+        return next((f"{name}={value!r}" for name, value in given.items() if value is not None), "")
+
+    @property
     def moments(self) -> list[int]:
         """The steps after which there is a rehearsal: growing by √2, the last one at the end."""
         moments = {round(self.steps * 2 ** (-k / 2)) for k in range(self.rehearsals)}

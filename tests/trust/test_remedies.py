@@ -31,8 +31,8 @@ import adalfl_lite
 from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss, Plain, Stacked, evaluate, load_dataset
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
-from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies
-from adalfl_lite.compare.recipes import Job, TaskLoss, Tuned
+from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, Method, check_applies
+from adalfl_lite.compare.recipes import Job, Learned, LearnedRate, TaskLoss, Tuned
 from adalfl_lite.compare.tasks import TASKS, get_task
 from adalfl_lite.data.corruption import with_imbalance, with_label_noise
 from adalfl_lite.learn.learning_rate import LearningRate, scaled_schedule
@@ -794,6 +794,10 @@ INITIALISING = [
         lambda g: g.moved()),
     row("seeds: two task losses", lambda g: g.stacked_plain(F.cross_entropy, F.mse_loss), "; stack them apart",
         lambda g: [g.stacked_plain(loss, loss) for loss in (F.cross_entropy, F.mse_loss)]),
+    row("methods without names", lambda g: compare(["iris"], [METHODS["handcrafted"]], [0]), r"such as \{.mine.: Method",
+        lambda g: compare([get_task("iris").with_(steps=2)], {"mine": METHODS["handcrafted"]}, [0], progress=False)),
+    row("nothing to adapt", lambda g: Method(TaskLoss(), "x", online=True), r"give a loss with weights, or rate=LearnedRate\(\)",
+        lambda g: Method(Learned(), "x", online=True), lambda g: Method(TaskLoss(), "x", LearnedRate(), online=True)),
     row("seeds: two rates", lambda g: g.stacked(rates=(0.1, 0.2)), "all must be the same", lambda g: g.stacked(rates=(0.1, 0.1))),
     row("seeds: one in eval mode", lambda g: g.fit_seeds([nn.Linear(4, 3).train(bool(i)) for i in range(len(SEEDS))]),
         "all must be of one architecture, and in train mode", lambda g: g.fit_seeds([nn.Linear(4, 3) for _ in SEEDS])),

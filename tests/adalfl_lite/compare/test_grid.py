@@ -720,3 +720,16 @@ def test_the_stored_results_come_out_again(full_length):
         assert low <= found.mean() <= high, f"{method}: {found.tolist()}, stored {errors[found.index].tolist()}"
         if method == "handcrafted":  # no chaos there but that of rounding: two of 360 rows
             assert (found - errors[found.index]).abs().max() <= 2 / 359
+
+
+def test_a_method_never_learns_from_the_test_split():
+    for meta_batches in ("test", "next"):
+        with pytest.raises(ValueError, match="meta_batches must be 'valid' or 'train'"):
+            replace(METHODS["online"], meta_batches=meta_batches)
+
+
+def test_settings_that_a_stack_has_not_are_kept_by_running_one_by_one():
+    loss = METHODS["online"].loss
+    for setting in ({"clip_gradient_norm": 1.0}, {"clip_gradient_value": 0.1}, {"engine": "unrolled"}):
+        assert not replace(METHODS["online"], loss=replace(loss, settings=loss.settings.with_(**setting))).stacks(IRIS)
+    assert METHODS["online"].stacks(IRIS)
