@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from analysis.cut import Cut, Output, find_layer
-from analysis.inputs import call, evaluation, one_tensor, plain_kernels, replaced
+from analysis.inputs import call, device_of, evaluation, one_tensor, plain_kernels, replaced
 from analysis.plotting import DIVERGING, PALETTE
 
 
@@ -376,7 +376,7 @@ def _explain(
             f"inputs must be floating, of shape (N, ...) with N >= 1; got {found}. Token ids are explained at their "
             "embedding, integrated_gradients(..., layer=...)"
         )
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), inputs.device)
+    device = device_of(model) or inputs.device
     inputs = inputs.detach().to(device)
     given = torch.as_tensor(baseline, dtype=None if ids else inputs.dtype)
     if ids and given.is_floating_point() and not torch.equal(given, given.round()):

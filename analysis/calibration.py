@@ -10,7 +10,6 @@ model over a loader, so that they compose::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -23,11 +22,11 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from analysis.inputs import Batch, call, on_device, one_tensor, preserved
+from analysis.inputs import Data, call, on_device, one_tensor, preserved
 from analysis.plotting import colours, legend_above
 
 
-def predictions(model: nn.Module, data: Batch | Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def predictions(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
     """The logits of ``model`` in eval mode, and the targets, over one (inputs, targets) pair or a loader of them.
 
     Args:

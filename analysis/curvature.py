@@ -26,7 +26,6 @@ For example::
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -38,7 +37,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor, nn
 
 from analysis.derivatives import TORCHSCRIPT, backward
-from analysis.inputs import Batch, Loss
+from analysis.inputs import Data, Loss
 from analysis.matrices import check_choice, operator, prepared
 from analysis.plotting import PALETTE
 
@@ -46,8 +45,6 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", *TORCHSCRIPT)
     from curvlinops import hutchinson_trace, hutchpp_trace
     from curvlinops.papyan2020traces.spectrum import fast_lanczos, lanczos_approximate_spectrum_from_iter
-
-Data = Batch | Iterable[Batch]
 
 WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
 TRACES = {"hutchinson": hutchinson_trace, "hutch++": hutchpp_trace}

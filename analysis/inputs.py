@@ -33,7 +33,7 @@ from analysis.derivatives import real
 from analysis.snapshots import Snapshot, modules_behind
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""A loss: (prediction, target) -> scalar tensor."""
+"""A loss is any callable (prediction, target) -> scalar tensor."""
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, targets)."""
@@ -282,7 +282,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
+def as_batches(data: Data) -> Iterator[Batch]:
     """Iterate over one (inputs, targets) pair of tensors, or over a loader of such pairs, checking each.
 
     Raises:
@@ -313,11 +313,28 @@ def require_columns(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError("the frame has no rows")
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of the first parameter, or else of the first buffer; None for a model that has neither."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+
+
 def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
     """The checked batches of ``data`` on the device of the model, if it has anything that is on one."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    device = device_of(model)
     for inputs, targets in as_batches(data):
         yield inputs.to(device), targets.to(device)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the model that require a gradient, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
+    return found
 
 
 def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -330,9 +347,7 @@ def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     given = {} if state is None else by_first_name(model, state)
     values = {name: given.get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
-    trained = {name: values[name] for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("no parameter of the model requires a gradient; unfreeze some with requires_grad_()")
+    trained = {name: values[name] for name in trainable(model)}
     return trained, {name: value.clone() for name, value in values.items() if name not in trained}
 
 
@@ -362,14 +377,24 @@ def one_tensor(prediction: Tensor) -> Tensor:
     return prediction
 
 
-def check_value(value: Tensor) -> Tensor:
-    """The value of a loss, if it is a finite scalar that depends on something.
+def finite_scalar(value: Tensor, what: str = "the loss") -> Tensor:
+    """The value of a loss, if it is one finite number; ``what`` names the loss in the error.
 
     Raises:
         ValueError: it is not.
     """
     if value.ndim or not torch.isfinite(value):
-        raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+        raise ValueError(f"{what} must be a finite scalar, got {value.detach().cpu()}")
+    return value
+
+
+def check_value(value: Tensor) -> Tensor:
+    """The value of a loss, if it is a finite scalar that depends on something, so that it can be differentiated.
+
+    Raises:
+        ValueError: it is not.
+    """
+    finite_scalar(value)
     if not value.requires_grad:
         raise ValueError(
             "the loss does not depend on what it is differentiated by: is the forward pass or the loss under "

@@ -26,7 +26,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogitLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
-from analysis.inputs import Batch, Data, Loss, call, on_device, one_tensor, preserved, require_columns, still
+from analysis.inputs import (
+    Batch,
+    Data,
+    Loss,
+    call,
+    finite_scalar,
+    on_device,
+    one_tensor,
+    preserved,
+    require_columns,
+    still,
+)
 from analysis.plotting import PALETTE, SEQUENTIAL, label
 
 NEARLY_UNIFORM = 1e-6
@@ -139,9 +150,7 @@ def logit_gradient(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
     _check(prediction, target)
     with preserved(loss), torch.enable_grad():
         leaf = prediction.detach().clone().requires_grad_()
-        value = still(loss)(leaf, target)
-        if value.ndim or not torch.isfinite(value):
-            raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+        value = finite_scalar(still(loss)(leaf, target))
         (gradient,) = torch.autograd.grad(value, leaf)
     return gradient * len(prediction)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from analysis.inputs import (
     Batch,
+    Data,
     Loss,
     as_batches,
     batch_norms,
@@ -51,6 +52,7 @@ from analysis.inputs import (
     evaluation,
     plain_kernels,
     still,
+    trainable,
 )
 from analysis.plotting import PALETTE, SEQUENTIAL
 
@@ -117,7 +119,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
     Raises:
         ValueError: no parameter is left to move.
     """
-    parameters = _trainable(model)
+    parameters = {name: parameter.detach() for name, parameter in trainable(model).items()}
     if not any(weight.ndim > 1 for weight in parameters.values()):
         raise ValueError("the model trains only biases and other vectors, which filter normalisation leaves in place")
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +140,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
 def line(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     direction: Direction | None = None,
     *,
     positions: ArrayLike | None = None,
@@ -177,7 +179,7 @@ def line(
 def plane(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     directions: Sequence[Direction] | None = None,
     *,
     x: ArrayLike | None = None,
@@ -207,7 +209,7 @@ def plane(
 def interpolate(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     start: Direction,
     end: Direction,
     *,
@@ -262,7 +264,7 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
     Raises:
         ValueError: fewer than 3 checkpoints, or none that span a plane; a parameter is missing, misshapen or NaN.
     """
-    given, names = list(checkpoints), list(_trainable(model))
+    given, names = list(checkpoints), list(trainable(model))
     if len(given) < 3:
         raise ValueError(f"a plane needs at least 3 checkpoints, got {len(given)}")
     checkpoints = [checked_tensors(f"checkpoint {i}", checkpoint, model, names) for i, checkpoint in enumerate(given)]
@@ -296,7 +298,7 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
 def _losses(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     origin: Direction | None,
     directions: Sequence[Direction],
     coefficients: np.ndarray,
@@ -403,13 +405,6 @@ def _chunk_size(tensors: dict[str, Tensor], batches: list[Batch]) -> int:
     inputs = max(x.numel() for x, _ in batches)
     budget = 2**20 if batches[0][0].device.type == "cpu" else 2**24
     return min(max(budget // max(weights, inputs), 1), 256)
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
-    return parameters
 
 
 def _axis(name: str, values: ArrayLike | None) -> np.ndarray:

@@ -33,16 +33,18 @@ from analysis.derivatives import (
     inner,
 )
 from analysis.inputs import (
-    Batch,
+    Data,
     Loss,
     as_batches,
     call,
     check_value,
     evaluation,
+    finite_scalar,
     one_tensor,
     plain_kernels,
     replaced,
     still,
+    trainable,
 )
 
 with warnings.catch_warnings():
@@ -69,26 +71,22 @@ class Problem:
         batches: on the device of the model.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, data: Batch | Iterable[Batch]):
+    def __init__(self, model: nn.Module, loss: Loss, data: Data):
         self.model, self.loss = model, still(loss)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
-        for name, parameter in trainable.items():
+        moving = trainable(model)
+        for name, parameter in moving.items():
             if not parameter.is_floating_point():
                 raise ValueError(f"curvature needs real parameters, {name!r} is {parameter.dtype}; freeze it")
-        self._low = any(parameter.dtype in LOW_PRECISION for parameter in trainable.values())
+        self._low = any(parameter.dtype in LOW_PRECISION for parameter in moving.values())
         own = dict(model.named_parameters()) | dict(model.named_buffers())
         values = {name: self._wide(tensor.detach()) for name, tensor in own.items()}
-        self.leaves = {name: values[name].requires_grad_() for name in trainable}
-        self.rest = {name: value for name, value in values.items() if name not in trainable}
-        device = next(iter(trainable.values())).device
+        self.leaves = {name: values[name].requires_grad_() for name in moving}
+        self.rest = {name: value for name, value in values.items() if name not in moving}
+        device = next(iter(moving.values())).device
         self.batches = [(self._wide(x.to(device)), self._wide(y.to(device))) for x, y in as_batches(data)]
         for position, (x, y) in enumerate(self.batches):
             with torch.no_grad():
-                value = self._first_value(x, y)
-            if value.ndim or not torch.isfinite(value):
-                raise ValueError(f"batch {position}: the loss must be a finite scalar, got {value.cpu()}")
+                finite_scalar(self._first_value(x, y), f"batch {position}: the loss")
 
     def _wide(self, tensor: Tensor) -> Tensor:
         return tensor.float() if self._low and tensor.dtype in LOW_PRECISION else tensor.detach()
@@ -118,7 +116,7 @@ class Problem:
 
 
 @contextmanager
-def prepared(model: nn.Module, loss: Loss, data: Batch | Iterable[Batch], batchnorm: str) -> Iterator[Problem]:
+def prepared(model: nn.Module, loss: Loss, data: Data, batchnorm: str) -> Iterator[Problem]:
     """The problem of a model in eval mode; model and loss are left as they were."""
     check_choice("batchnorm", batchnorm, ("eval", "train"))
     with evaluation(model, loss, batch_statistics=batchnorm == "train"), plain_kernels(model):
@@ -241,7 +239,7 @@ class _GaussNewton(_Products, GGNLinearOperator):
 
 @contextmanager
 def operator(
-    model: nn.Module, loss: Loss, data: Batch | Iterable[Batch], matrix: str, batchnorm: str, seed: int
+    model: nn.Module, loss: Loss, data: Data, matrix: str, batchnorm: str, seed: int
 ) -> Iterator[tuple[_Hessian | _GaussNewton, dict[str, Tensor]]]:
     """The linear operator of a matrix, and the parameters it is over; torch's random state is seeded meanwhile.
 
