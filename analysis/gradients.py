@@ -96,7 +96,13 @@ def gradient_norms(model: nn.Module, loss: Loss, data: Data, state: State | None
 
 
 def gradient_cosine(
-    model: nn.Module, loss: Loss, train: Data, valid: Data, valid_loss: Loss | None = None, state: State | None = None
+    model: nn.Module,
+    loss: Loss,
+    train: Data,
+    valid: Data,
+    *,
+    valid_loss: Loss | None = None,
+    state: State | None = None,
 ) -> float:
     """Cosine between the gradient of ``loss`` on ``train`` and of ``valid_loss`` (by default the same) on ``valid``.
 
@@ -219,9 +225,9 @@ class Influence:
 def influence(
     model: nn.Module,
     loss: Loss,
+    task_loss: Loss,
     batch: Batch,
     meta_data: Data,
-    task_loss: Loss,
     learning_rate: float,
     meta_state: State | None = None,
 ) -> Influence:
@@ -248,13 +254,14 @@ def influence(
     Args:
         model: f_θ before the step, run in the modes it is in.
         loss: M, (prediction, target) -> scalar.
+        task_loss: L_T, (prediction, target) -> scalar.
         batch: the training batch (x, y).
         meta_data: one (inputs, targets) pair or a loader, on which L_T is taken.
-        task_loss: L_T, (prediction, target) -> scalar.
         learning_rate: α > 0. With Nesterov momentum μ the step that depends on this batch is α(1 + μ).
         meta_state: state dict of θ', at which to take v; by default v is taken at θ.
 
     Raises:
+        TypeError: a loss that cannot be called, as where the arguments are in another order.
         ValueError: bad data, a loss that is not finite, or a learning rate that is not positive.
         NotImplementedError: the model's backward pass has no derivative, and forward mode none either; or a wrong one,
             see :mod:`analysis.derivatives`.

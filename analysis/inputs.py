@@ -58,7 +58,12 @@ def preserved(*owners: Callable, training: bool | None = None) -> Iterator[None]
     Args:
         owners: what the block calls; the modules among them, or behind them, are put back.
         training: put the first one, a model, in train (True) or eval (False) mode for the block; None leaves the modes.
+
+    Raises:
+        TypeError: one of them cannot be called, as where data come before the loss.
     """
+    if wrong := [type(owner).__name__ for owner in owners if not callable(owner)]:
+        raise TypeError(f"a model and a loss must be callable, got {wrong[0]}; the order is model, losses, data")
     with LOCK:
         found = [Snapshot(module, values=True) for owner in owners for module in modules_behind(owner)]
         devices = _gpus(tensor for one in found for tensor in one.tensors)
@@ -286,12 +291,17 @@ def as_batches(data: Data) -> Iterator[Batch]:
     """Iterate over one (inputs, targets) pair of tensors, or over a loader of such pairs, checking each.
 
     Raises:
+        TypeError: data that cannot be iterated, as where a loss stands in their place.
         ValueError: there is no batch, a batch is not a pair of equally long tensors, or it holds NaN or infinity.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         data = [cast(Batch, data)]
+    try:
+        numbered = enumerate(data)
+    except TypeError as error:
+        raise TypeError(f"data must be batches, got {type(data).__name__}; the order is model, losses, data") from error
     position = -1
-    for position, batch in enumerate(data):
+    for position, batch in numbered:
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
             raise ValueError(f"batch {position} must be two tensors (inputs, targets), got {type(batch).__name__}")
         inputs, targets = batch
