@@ -134,6 +134,7 @@ def reliability_table(logits: Tensor, targets: Tensor, bins: int = 15, adaptive:
         edges = np.unique(np.quantile(confidence, edges))
         edges = np.repeat(edges, 2) if len(edges) == 1 else edges
     bins = len(edges) - 1
+    # bins are [low, high), so a value on an edge belongs above it; but for 1, which is in the last
     index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0/0 in empty bins
@@ -181,6 +182,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         raise ValueError("the logits tell no more than constant ones, so T is infinite: train the model first")
     if own == 0:
         raise ValueError("every prediction is right, so the best T is 0: fit T on more or harder held-out examples")
+    # the derivative grows with β, from below 0 at β = 0 to above 0 somewhere: double until the root is bracketed
     high = 1.0
     while slope(high) < 0:
         high *= 2

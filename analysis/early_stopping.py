@@ -117,6 +117,7 @@ def stopping_point(frame: pd.DataFrame, threshold: float = 0.1, by: str = "scale
     push = relative_push(frame, by).to_numpy()
     steps, valid = runs["step"].to_numpy(), runs["valid_loss"].to_numpy()
     gap = valid - runs["train_loss"].to_numpy()
+    # how many records from the end back are below without a break; the first of them is the stop
     stop = len(push) - int(np.logical_and.accumulate(push[::-1] < threshold).sum())
     stops = stop < len(push)
     return StoppingPoint(

@@ -121,6 +121,8 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         known = named_tensors(model)
         if unknown := [name for name in tensors if name not in known]:
             raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
+        # By identity, not by name: a tied parameter is one tensor in several slots. Buffers become copies, since
+        # BatchNorm writes into them in place.
         others = {id(known[name]): tensor for name, tensor in tensors.items()}
         others |= {id(buffer): others.get(id(buffer), buffer).clone() for buffer in found.buffers}
         try:
@@ -192,7 +194,7 @@ def by_first_name(model: nn.Module, state: Mapping[str, Tensor], what: str = "th
     known = named_tensors(model)
     if unknown := set(state) - set(known) - set(model.state_dict(keep_vars=True)):
         raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
-    first = {id(tensor): name for name, tensor in reversed(known.items())}
+    first = {id(tensor): name for name, tensor in reversed(known.items())}  # the first name of each tensor overwrites
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in known:
@@ -271,7 +273,7 @@ def plain_kernels(model: nn.Module, order: int = 2) -> Iterator[None]:
             for library in libraries:
                 library.enabled = False
             torch.backends.mha.set_fastpath_enabled(False)
-            if order > 1:
+            if order > 1:  # flash and memory-efficient attention can be differentiated once
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if any(map(_weight_normed, model.modules())):
                     stack.enter_context(_PlainWeightNorm())

@@ -125,12 +125,13 @@ def fit_label_smoothing(prediction: Tensor, target: Tensor, gradient: Tensor) ->
     classes = prediction.shape[1]
     y = nn.functional.one_hot(target, classes).double()
     a, d = prediction.detach().double().softmax(1) - y, y - 1 / classes
+    # the least-squares fit of g by s·a + sε·d, with d made orthogonal to a first: d⊥ = d − a ⟨a, d⟩/‖a‖²
     along = (a * d).sum() / a.square().sum()
     across = d - along * a
-    identifiability = (across.norm() / d.norm()).item()
+    identifiability = (across.norm() / d.norm()).item()  # the sine of the angle between a and d
     determined = identifiability > NEARLY_UNIFORM  # else a and d are parallel: ε = 0 explains all that any ε can
-    scale_epsilon = (g * across).sum() / across.square().sum() if determined else g.new_zeros(())
-    scale = ((g - scale_epsilon * d) * a).sum() / a.square().sum()
+    scale_epsilon = (g * across).sum() / across.square().sum() if determined else g.new_zeros(())  # s·ε
+    scale = ((g - scale_epsilon * d) * a).sum() / a.square().sum()  # s, of what s·ε leaves
     r2 = 1 - (g - scale * a - scale_epsilon * d).square().sum() / g.square().sum()
     epsilon = (scale_epsilon / scale).item() if determined else float("nan")
     return LabelSmoothing(epsilon, scale.item(), r2.item(), identifiability, len(g))

@@ -131,7 +131,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
                 direction[name] = torch.zeros_like(weight)
                 continue
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-            scale = weight.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
+            scale = weight.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)  # ‖θ_ij‖ / ‖d_ij‖, of each filter j
             direction[name] = noise * scale.reshape(-1, *[1] * (weight.ndim - 1))
         directions.append(direction)
     return directions
@@ -228,6 +228,7 @@ def interpolate(
     """
     names = dict(model.named_parameters()).keys()
     start, end = checked_tensors("start", start, model, names), checked_tensors("end", end, model, names)
+    # whole numbers stay those of the start: BatchNorm's count of batches, for one
     moving = [name for name in start if name in end and start[name].is_floating_point()]
     direction = {name: end[name].to(start[name]) - start[name] for name in moving}
     t = _axis("positions", np.linspace(0, 1, 25) if positions is None else positions)
@@ -246,6 +247,7 @@ def barrier(path: Line) -> float:
     if len(path.positions) < 2:
         raise ValueError(f"a barrier needs at least 2 positions, got {len(path.positions)}")
     fraction = (path.positions - path.positions[0]) / (path.positions[-1] - path.positions[0])
+    # the height of the straight line between the ends, below each point
     chord = (1 - fraction) * path.losses[0] + fraction * path.losses[-1]
     return float((path.losses - chord).max())
 
@@ -273,17 +275,20 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
         stacked = torch.stack([checkpoint[name].detach().double().flatten() for checkpoint in checkpoints])
         return stacked - stacked[-1]
 
+    # D is (T, P) with P in the millions and T a few: all is found from the (T, T) matrix DDᵀ, layer by layer
     length = len(checkpoints)
     gram = torch.zeros(length, length, dtype=torch.float64)
     for name in names:
         gram += (difference := differences(name)).mm(difference.T).cpu()
     centring = torch.eye(length, dtype=torch.float64) - 1 / length
+    # H DDᵀ H of the centred HD = U S Vᵀ has the eigenvectors U and the eigenvalues S²; eigh gives the smallest first
     eigenvalues, eigenvectors = torch.linalg.eigh(centring @ gram @ centring)
     variances, components = eigenvalues.flip(0)[:2], eigenvectors.flip(1)[:, :2]
     if not variances[1] > 1e-14 * variances[0]:
         raise ValueError("the checkpoints lie on a line (or are all equal) and span no plane; use interpolate instead")
-    weights = centring @ components / variances.sqrt()
-    coordinates = gram @ weights
+    weights = centring @ components / variances.sqrt()  # V = Dᵀ H U S⁻¹ = Dᵀ · weights, never formed as a whole
+    coordinates = gram @ weights  # D V: each θ_t − θ_T along the directions, so that the last checkpoint is at 0
+    # an eigenvector has no sign of its own: the point farthest along an axis lies on its positive side
     signs = coordinates.gather(0, coordinates.abs().argmax(0, keepdim=True)).sign()
     coordinates, weights = coordinates * signs, weights * signs
     first, second = {}, {}
@@ -317,8 +322,9 @@ def _losses(
     ]
     with evaluation(model, loss, batch_statistics=batchnorm == "train"), plain_kernels(model), torch.no_grad():
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        start = {name: origin.get(name, tensor).detach().to(tensor) for name, tensor in tensors.items()}
+        start = {name: origin.get(name, tensor).detach().to(tensor) for name, tensor in tensors.items()}  # θ₀
         checked_tensors("the model", start, model)
+        # the K directions of each tensor, (K, *shape), zero where a direction lacks it; what none moves is left out
         slopes = {
             name: torch.stack([d[name].to(tensor) if name in d else torch.zeros_like(tensor) for d in directions])
             for name, tensor in start.items()
@@ -342,6 +348,7 @@ def _losses(
             return total / sum(len(x) for x, _ in batches)
 
         def moved_by(rows: Tensor) -> dict[str, Tensor]:
+            # θ₀ + Σ_k c_k d_k, of one point c (K,) or of several at once (n, K)
             return {name: start[name] + torch.tensordot(rows.to(d), d, dims=1) for name, d in slopes.items()}
 
         chunk_size = chunk_size or _chunk_size(start, batches)
@@ -384,6 +391,7 @@ def _running_statistics(model: nn.Module, values: dict[str, Tensor], batches: li
 
     hooks = [record(name, norm) for name, norm in norms.items()]
     try:
+        # in train mode a layer normalises by its batch, so that the layers above see what they would in training
         for norm in norms.values():
             norm.training = True
         for x, _ in batches:
