@@ -90,6 +90,15 @@ def test_the_arguments_come_in_one_order():
             assert kinds == sorted(kinds), (name, parameters)
 
 
+def test_type_checkers_are_told_where_the_headlines_are():
+    tree = ast.parse(Path(analysis.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {(node.module, alias.name, alias.asname) for node in block.body for alias in node.names}
+    assert len(told) > 10
+    for module, name, shown in told:
+        assert name == shown and name in analysis.NAMES[module.removeprefix("analysis.")].split()
+
+
 def test_every_exported_name_exists():
     assert all(hasattr(analysis, name) for name in analysis.__all__)
 
