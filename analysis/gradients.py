@@ -6,6 +6,7 @@ model as it was. Batches are moved to the model's device. Parameters with ``requ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -261,11 +262,20 @@ def influence(
         meta_state: state dict of θ', at which to take v; by default v is taken at θ.
 
     Raises:
-        TypeError: a loss that cannot be called, as where the arguments are in another order.
+        TypeError: a loss that cannot be called. The order of the first edition, (model, loss, batch, meta_data,
+            task_loss), is told by its types, and taken with a ``DeprecationWarning``.
         ValueError: bad data, a loss that is not finite, or a learning rate that is not positive.
         NotImplementedError: the model's backward pass has no derivative, and forward mode none either; or a wrong one,
             see :mod:`analysis.derivatives`.
     """
+    if callable(meta_data) and not callable(task_loss):
+        warnings.warn(
+            "the arguments of influence are now (model, loss, task_loss, batch, meta_data, learning_rate); the order "
+            "with task_loss after the data will go",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        task_loss, batch, meta_data = meta_data, task_loss, batch
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     (v,) = mean_gradients(model, [task_loss], meta_data, meta_state)  # ∇L_T, at θ' if it is given

@@ -55,7 +55,7 @@ def test_a_diagnostic_takes_helpers_from_the_ground_and_diagnostics_from_each_ot
 
 MODEL, DATA = torch.nn.Linear(4, 3), (torch.zeros(6, 4), torch.arange(6) % 3)
 ORDERS = {
-    "influence": ((MODEL, cross_entropy, DATA, DATA, cross_entropy, 0.1), "order is model, losses, data"),
+    "influence": ((MODEL, cross_entropy, DATA, cross_entropy, DATA, 0.1), "order is model, losses, data"),
     "effective_learning_rate": ((MODEL, cross_entropy, DATA, cross_entropy), "order is model, losses, data"),
     "gradient_norms": ((MODEL, DATA, cross_entropy), "order is model, losses, data"),
     "line": ((MODEL, DATA, cross_entropy), "order is model, losses, data"),
@@ -74,6 +74,14 @@ def test_arguments_in_another_order_are_refused(name):
     arguments, words = ORDERS[name]
     with pytest.raises(TypeError, match=words):
         getattr(analysis, name)(*arguments)
+
+
+def test_the_former_order_of_influence_says_what_it_is_now_and_does_it():
+    meta_data = torch.ones(6, 4), DATA[1]
+    now = analysis.influence(MODEL, cross_entropy, cross_entropy, DATA, meta_data, 0.1)
+    with pytest.warns(DeprecationWarning, match="model, loss, task_loss, batch, meta_data, learning_rate"):
+        former = analysis.influence(MODEL, cross_entropy, DATA, meta_data, cross_entropy, 0.1)
+    assert now.influence.abs().min() > 0 and torch.equal(former.influence, now.influence)
 
 
 def test_the_arguments_come_in_one_order():
