@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from adalfl_lite.compare.grid import compare, run
 from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, check_applies, get_method
-from adalfl_lite.compare.results import final_errors, read_results, write_results
+from adalfl_lite.compare.results import final_errors, read_results, tied, write_results
 from adalfl_lite.compare.tasks import TASKS, Task, get_task
 from adalfl_lite.data.dataset import BUNDLED
 from adalfl_lite.files import atomic_path, atomic_save
@@ -387,7 +387,7 @@ def _stored(paths: list[Path]) -> pd.DataFrame:
     twice = stored.duplicated(keys)
     if twice.any():
         _fail(f"the files share a run, {stored.loc[twice, keys[:3]].iloc[0].to_dict()}; leave one out")
-    return stored
+    return tied(stored)
 
 
 def _checked(function: Any, *arguments: Any, **options: Any) -> Any:

@@ -5,22 +5,17 @@ each round, in random order, the same step is made with this check and without i
 of the ratio of their CPU times, on one thread, and its quartiles. Writes results/agreement.json.
 """
 
-import argparse
-import json
 import random
 import time
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pandas as pd
-import torch
-from step import INPUTS, OUTPUTS, SGD
+from record import arguments, begin, labels, save
+from step import ENGINES, setting
 
-from adalfl_lite import LossNetwork, OnlineLoss, build_model
 from adalfl_lite.engines import forward
-from adalfl_lite.files import atomic_path
-from adalfl_lite.provenance import provenance
 
 ROUNDS = {"mlp64": 600, "lenet5": 100, "allcnn_c": 5}
 
@@ -29,41 +24,28 @@ def no_check(*_: object, **__: object) -> None:
     """In the place of :func:`adalfl_lite.engines.tangents.check_agreement`."""
 
 
-def learner(name: str) -> OnlineLoss:
-    """A model of the package with SGD, Nesterov's momentum and the exact engine."""
-    torch.manual_seed(0)
-    model = build_model(name, input_shape=INPUTS[name], outputs=OUTPUTS)
-    return OnlineLoss(model, LossNetwork.classification(), torch.optim.SGD(model.parameters(), **SGD))
-
-
 def ratios(name: str, rounds: int, batch_size: int) -> list[float]:
     """The CPU time of a step with the check in those of one without, round by round."""
-    online = learner(name)
-    batches = [(torch.randn(batch_size, *INPUTS[name]), torch.randint(OUTPUTS, (batch_size,))) for _ in range(2)]
-    without = partial(patch.object, forward, "check_agreement", no_check)
+    step = ENGINES["forward"](setting(name, batch_size))
     order, found = random.Random(0), []
     for _ in range(rounds + 1):
         seconds = {}
         for checked in order.sample([True, False], 2):
-            begin = time.process_time()
-            if checked:
-                online.step(*batches)
-            else:
-                with without():
-                    online.step(*batches)
-            seconds[checked] = time.process_time() - begin
+            with nullcontext() if checked else patch.object(forward, "check_agreement", no_check):
+                start = time.process_time()
+                step()
+                seconds[checked] = time.process_time() - start
         found.append(seconds[True] / seconds[False])
     return found[1:]  # the first round allocates
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure the models, one after another, and write what was found."""
+    parser = arguments("agreement", __doc__)
     parser.add_argument("--models", nargs="+", choices=ROUNDS, default=list(ROUNDS))
     parser.add_argument("--rounds", type=int, help="by default more for small models")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "agreement.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = begin(parser, given)
     rows = []
     for name in options.models:
         rounds = options.rounds or ROUNDS[name]
@@ -71,6 +53,8 @@ if __name__ == "__main__":
         row = {"model": name, "batch_size": options.batch_size, "rounds": rounds}
         rows.append({**row, "ratio": median, "ratio_low": low, "ratio_high": high})
         print(f"{name}: {median:.3f} [{low:.3f}, {high:.3f}] over {rounds} rounds", flush=True)
-    result = {"threads": 1, "command": "python benchmarks/agreement.py", **provenance(), "rows": rows}
-    with atomic_path(options.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    save({"threads": 1, **labels(options), "rows": rows}, options.output)
+
+
+if __name__ == "__main__":
+    main()

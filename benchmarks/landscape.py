@@ -8,22 +8,20 @@ Times are CPU seconds of one process, the least of interleaved repetitions: what
 them. They are printed and written to results/landscape.json beside this file.
 """
 
-import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from record import arguments, begin, labels, save
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from adalfl_lite.files import atomic_path
-from adalfl_lite.provenance import provenance
 from analysis.landscape import plane, random_directions
 
 AXIS = np.linspace(-1, 1, 51)
@@ -54,11 +52,11 @@ def batched(model: nn.Module, batch: tuple, directions: list) -> np.ndarray:
     return plane(model, F.cross_entropy, batch, directions, x=AXIS, y=AXIS).losses
 
 
-def timed(function, *arguments) -> tuple[float, np.ndarray]:
-    """CPU seconds and the result."""
-    begin = time.process_time()
-    result = function(*arguments)
-    return time.process_time() - begin, result
+def timed(measured: Callable[..., np.ndarray], problem: tuple) -> tuple[float, np.ndarray]:
+    """The CPU seconds that one of the two takes for a problem, and its losses."""
+    start = time.process_time()
+    losses = measured(*problem)
+    return time.process_time() - start, losses
 
 
 def problem(examples: int) -> tuple:
@@ -73,8 +71,8 @@ def problem(examples: int) -> tuple:
 def measure(examples: int, repeats: int) -> dict:
     """Seconds of both, and how much their losses differ."""
     given = problem(examples)
-    timed(batched, *given)  # warm up
-    runs = [(timed(loop, *given), timed(batched, *given)) for _ in range(repeats)]
+    timed(batched, given)  # warm up
+    runs = [(timed(loop, given), timed(batched, given)) for _ in range(repeats)]
     loop_seconds, vmap_seconds = np.min([[seconds for seconds, _ in run] for run in runs], axis=0)
     (_, expected), (_, found) = runs[0]
     return {
@@ -114,24 +112,27 @@ def rounded(value: object) -> object:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure grids of all sizes, fit and profile them, and write what was found."""
+    parser = arguments("landscape", __doc__)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = begin(parser, given)
     torch.set_num_threads(options.threads)
     table = pd.DataFrame([measure(examples, options.repeats) for examples in EXAMPLES])
     found = {
         "grids": [rounded(row) for row in table.to_dict("records")],
         "scaling": rounded(scaling(table)),
         "operations": {"examples": PROFILED, "shares": rounded(operations(PROFILED))},
-        **vars(options),
-        **provenance(),
+        "repeats": options.repeats,
+        "threads": options.threads,
+        **labels(options),
         "numpy": version("numpy"),
     }
-    path = Path(__file__).parent / "results" / "landscape.json"
-    path.parent.mkdir(exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, options.output)
     print(table.to_string(index=False, float_format="%.4g"))
     print(json.dumps({key: found[key] for key in ("scaling", "operations")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,17 +5,13 @@ of a layer. The models are the MLP 64-64-10 and a small convolutional network wi
 what changes. Growth with the number of seeds is in seeds.py. Writes results/scaling.json; five minutes of one core.
 """
 
-import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-import torch
+from record import arguments, begin, labels, save, stored
 from step import OUTPUTS, Setting, time_ratios
 from torch import nn
-
-from adalfl_lite.files import atomic_path
-from adalfl_lite.provenance import provenance
 
 ENGINES = ["plain", "forward", "shared", "functional"]
 SHAPES = {"mlp": (64,), "conv": (3, 16, 16)}
@@ -28,7 +24,7 @@ SIZES = {
 
 
 def mlp(width: int, classes: int) -> nn.Module:
-    """One hidden layer."""
+    """A perceptron with one hidden layer of so many units."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, classes))
 
 
@@ -40,7 +36,7 @@ def conv(width: int, classes: int) -> nn.Module:
 
 
 def measure(model: str, changed: str, size: int, rounds: int) -> list[dict]:
-    """A row per engine."""
+    """The costs of one setting, a row for each engine."""
     sizes = {**BASE, "width": BASE["width"][model], changed: size}
     make_model = partial({"mlp": mlp, "conv": conv}[model], sizes["width"], sizes["classes"])
     make = partial(Setting, make_model, SHAPES[model], sizes["batch_size"], sizes["classes"])
@@ -49,21 +45,21 @@ def measure(model: str, changed: str, size: int, rounds: int) -> list[dict]:
     return json.loads(table.to_json(orient="records"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure what changes, size by size, and write it beside what is kept."""
+    parser = arguments("scaling", __doc__)
     parser.add_argument("--change", nargs="+", choices=SIZES, default=list(SIZES), help="the others are kept")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    kept = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
-    rows = [row for row in kept if row["changed"] not in options.change]
+    options = begin(parser, given)
+    rows = [row for row in stored(options.output).get("rows", []) if row["changed"] not in options.change]
     for changed in options.change:
         for model, sizes in SIZES[changed].items():
             for size in sizes:
                 found = measure(model, changed, size, options.rounds)
-                rows += [{**row, **provenance()} for row in found]
+                rows += [{**row, **labels(options)} for row in found]
                 print(changed, model, size, {row["engine"]: round(row["time_ratio"], 2) for row in found}, flush=True)
-    with atomic_path(options.output) as temporary:
-        result = {"command": "python benchmarks/scaling.py", "threads": 1, "rounds": options.rounds, "rows": rows}
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    save({"threads": 1, "rows": rows}, options.output)
+
+
+if __name__ == "__main__":
+    main()

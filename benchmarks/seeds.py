@@ -6,16 +6,14 @@ on one thread: of ``fit`` with a stack of 1 to 20 learners, the loss adapted onl
 given are medians over repetitions, and the quartiles of the ratio to one seed alone. Writes results/seeds.json.
 """
 
-import argparse
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
+from record import arguments, begin, labels, save
 
 from adalfl_lite import (
     Initialiser,
@@ -28,8 +26,6 @@ from adalfl_lite import (
     initialise_seeds,
     load_dataset,
 )
-from adalfl_lite.files import atomic_path
-from adalfl_lite.provenance import provenance
 
 SEEDS = (1, 2, 5, 10, 20)
 
@@ -37,7 +33,7 @@ make_optimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 
 
 def make_model() -> torch.nn.Module:
-    """A base model."""
+    """A fresh base model for one seed."""
     return build_model("mlp64", input_shape=(64,), outputs=10)
 
 
@@ -78,9 +74,9 @@ def seconds_per_step(work: Callable[..., None], count: int, steps: int, *, toget
     torch.manual_seed(0)
 
     def seconds(steps: int) -> float:
-        begin = time.process_time()
+        start = time.process_time()
         work(count, steps, together=together)
-        return time.process_time() - begin
+        return time.process_time() - start
 
     return (seconds(steps + 5) - seconds(5)) / steps
 
@@ -107,18 +103,19 @@ def compare(work: Callable[..., None], repeats: int, steps: int) -> pd.DataFrame
     ).reset_index()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure training and meta-learning, and write what was found."""
+    parser = arguments("seeds", __doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "seeds.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    command = " ".join(["python benchmarks/seeds.py", *sys.argv[1:]])
-    result = {"command": command, "threads": 1, "repeats": options.repeats, "steps": options.steps}
+    options = begin(parser, given)
+    result = {"threads": 1, "repeats": options.repeats, "steps": options.steps}
     for name, work in (("rows", train), ("initialise_rows", meta_learn)):
         table = compare(work, options.repeats, options.steps)
         print(table.to_string(index=False, float_format="%.3g"))
         result[name] = json.loads(table.to_json(orient="records"))
-    with atomic_path(options.output) as temporary:
-        temporary.write_text(json.dumps({**result, **provenance()}, indent=1) + "\n")
+    save({**result, **labels(options)}, options.output)
+
+
+if __name__ == "__main__":
+    main()

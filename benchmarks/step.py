@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,13 +34,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from record import arguments, begin, labels, save, stored
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from adalfl_lite import LossNetwork, OnlineLoss, build_model
 from adalfl_lite.engines import plain_step
-from adalfl_lite.files import atomic_path
-from adalfl_lite.provenance import provenance
 
 INPUTS = {
     "mlp64": (64,),
@@ -90,7 +89,7 @@ def setting(name: str, batch_size: int) -> Setting:
 
 
 def plain(s: Setting) -> Step:
-    """Cross-entropy, by torch.optim."""
+    """A step with the cross-entropy itself, by torch.optim."""
 
     def step() -> None:
         plain_step(s.model, F.cross_entropy, s.optimizer, s.batch)
@@ -182,14 +181,15 @@ def by_torchopt(s: Setting) -> Step:
 
 OURS = {engine: ours(engine) for engine in ("forward", "shared", "finite-difference", "unrolled")}
 COMPILED = {"compiled": ours("forward", compile="default")}
-PEERS = {"functional": functional, "higher": by_higher, "torchopt": by_torchopt}
+LIBRARIES = {"higher": by_higher, "torchopt": by_torchopt}
+PEERS = {"functional": functional, **LIBRARIES}
 ENGINES: dict[str, Callable[[Setting], Step]] = {"plain": plain, **OURS, **COMPILED, **PEERS}
 
 
 def installed() -> list[str]:
     """The engines that can run here."""
     missing = set()
-    for name in ("higher", "torchopt"):
+    for name in LIBRARIES:
         try:
             version(name)
         except PackageNotFoundError:
@@ -205,9 +205,9 @@ def time_ratios(make: Callable[[], Setting], engines: list[str], rounds: int) ->
     steps = {engine: ENGINES[engine](make()) for engine in engines}
     opening = {}
     for engine, step in steps.items():  # allocates, chooses kernels, compiles, fills the optimizers' states
-        begin = os.times()
+        start = os.times()
         found = step()
-        opening[engine] = (sum(os.times()[:4]) - sum(begin[:4]), found)
+        opening[engine] = (sum(os.times()[:4]) - sum(start[:4]), found)
     exact = opening["unrolled"][1] if "unrolled" in engines else ENGINES["unrolled"](make())()
     seconds: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
     order = random.Random(0)
@@ -280,7 +280,7 @@ def profile(name: str, engine: str, batch_size: int) -> dict[str, float]:
     return {**heaviest, "rest": sum(spent.values()) - sum(heaviest.values())}
 
 
-def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_memory: bool) -> list[dict]:
+def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_memory: bool) -> pd.DataFrame:
     """All three measurements of one model, one row per engine."""
     with_memory &= name not in ("mlp64", "lenet5")
     memory = pd.Series(
@@ -293,15 +293,12 @@ def measure(name: str, engines: list[str], batch_size: int, rounds: int, with_me
     table["memory_mebibytes"] = memory
     table["memory_ratio"] = memory / memory["plain"]
     print(f"{name}, batch {batch_size}\n{table.to_string(float_format='%.3g')}\n", flush=True)
-    command = " ".join(["python benchmarks/step.py", *sys.argv[1:]])
-    peers = {peer: version(peer) for peer in ("higher", "torchopt") if peer in engines}
-    labels = {"model": name, "batch_size": batch_size, "command": command, **provenance(), **peers}
-    table = table.rename_axis("engine").reset_index().assign(**labels)
-    return json.loads(table.to_json(orient="records"))  # NaN becomes null
+    return table.rename_axis("engine").reset_index().assign(model=name, batch_size=batch_size)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure or profile the models, one after another, and write each beside what is kept."""
+    parser = arguments("step", __doc__)
     parser.add_argument("--models", nargs="+", choices=INPUTS, default=["mlp64", "lenet5", "allcnn_c", "resnet18"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=installed())
     parser.add_argument("--batch-size", type=int, default=64)
@@ -310,27 +307,30 @@ if __name__ == "__main__":
         "--profile", action="store_true", help="only profile one plain and one exact step of each model"
     )
     parser.add_argument("--no-memory", action="store_true", help="measure times alone")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step.json")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = begin(parser, given)
     torch.compiler.config.force_disable_caches = True
     if options.memory_of:
         print(own_peak_memory(*options.memory_of, options.batch_size))
-        sys.exit()
+        return
     engines = ["plain", *(engine for engine in options.engines if engine != "plain")]
-    result = json.loads(options.output.read_text()) if options.output.exists() else {"rows": [], "profiles": {}}
-    result["threads"] = 1
+    libraries = {name: version(name) for name in LIBRARIES if name in engines}
+    result = {"rows": [], "profiles": {}, **stored(options.output), "threads": 1}
     for model in options.models:
         if options.profile:
             spent = pd.DataFrame({name: profile(model, name, options.batch_size) for name in ("plain", "forward")})
             spent = (spent / spent["plain"].sum()).round(3).fillna(0.0)  # in plain steps
-            result["profiles"] = {**result.get("profiles", {}), model: spent.to_dict()}
+            result["profiles"][model] = spent.to_dict()
             print(spent)
         else:
             rounds = options.rounds or ROUNDS[model]
-            rows = measure(model, engines, options.batch_size, rounds, with_memory=not options.no_memory)
+            table = measure(model, engines, options.batch_size, rounds, with_memory=not options.no_memory)
+            table = table.assign(**labels(options), **libraries)
+            rows = json.loads(table.to_json(orient="records"))  # NaN becomes null
             rows += [row for row in result["rows"] if row["model"] != model]
             result["rows"] = sorted(rows, key=lambda row: list(INPUTS).index(row["model"]))
-        with atomic_path(options.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ respect to φ of Σ q ∂_p ℓ, which is what the meta-gradient asks for, comes
     ∂/∂W_k = t̄_kᵀ s_{k−1} + z̄_kᵀ a_{k−1},     ∂/∂b_k = Σ z̄_k,     from s̄_K = q and ā_K = 0.
 
 Autograd finds the same numbers by a double backward with about three times the work; here a step passes through the
-network once. The networks are stacks of :class:`torch.nn.Linear` and activations of :mod:`adalfl_lite.losses.network`;
-``(S, n, m)`` weights are S networks at once.
+network once. The networks are stacks of :class:`torch.nn.Linear` and of the activations of
+:data:`~adalfl_lite.losses.activations.ACTIVATIONS`; ``(S, n, m)`` weights are S networks at once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _GLOBAL_HOOKS = (
 def layers_of(network: nn.Sequential, parameters: Sequence[Tensor] | None = None) -> list[Layer] | None:
     """The layers of a loss network's ``network``, with other ``parameters`` in their place if given.
 
-    None if it holds anything but linear layers, each followed by an activation this module knows.
+    None if it holds anything but linear layers, each followed by an activation whose derivatives are known.
     """
     modules = list(network)
     remaining = iter(network.parameters() if parameters is None else parameters)

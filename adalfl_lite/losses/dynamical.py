@@ -42,10 +42,11 @@ class DynamicalLoss(nn.Module):
 
     def weights(self, step: int) -> Tensor:
         """Γ(t), shape (C,), summing to C."""
+        # Γ̃ of the class whose turn it is goes 1 → A → 1 along a triangle, that of the others is 1
         phase = (step % self.period) / self.period
         weights = torch.ones(self.classes)
         weights[step // self.period % self.classes] += (self.amplitude - 1) * (1 - abs(2 * phase - 1))
-        return self.classes * weights / weights.sum()
+        return self.classes * weights / weights.sum()  # Γ_c = C Γ̃_c / Σ_k Γ̃_k
 
     def advance(self) -> None:
         """Go from t to t + 1: a step of training has been taken."""
@@ -53,5 +54,6 @@ class DynamicalLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """M_t of logits (B, C) and classes (B,)."""
+        # equation (1): the mean over the batch of −Γ_{y_b} log p_{y_b}
         weights = self.weights(int(self.step)).to(prediction)
         return (weights[target] * F.cross_entropy(prediction, target, reduction="none")).mean()

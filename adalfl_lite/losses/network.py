@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,20 @@ from adalfl_lite.losses.stored import StoredLoss
 from adalfl_lite.losses.task import check_kind, output_pairs
 
 FORMAT = "adalfl-loss-network-1"
+
+
+class NetworkOptions(TypedDict, total=False):
+    """The settings of a :class:`LossNetwork` beside its kind, for the constructors that have defaults of their own."""
+
+    hidden: Sequence[int]
+    activation: str
+    output_activation: str
+    beta: float
+    gamma: float
+    bias: bool
+    anchored: bool
+    reduction: str
+    generator: torch.Generator | None
 
 
 class LossNetwork(StoredLoss):
@@ -99,35 +113,37 @@ class LossNetwork(StoredLoss):
         self.network = nn.Sequential(*layers)
 
     @classmethod
-    def classification(cls, **options: Any) -> LossNetwork:
+    def classification(cls, **options: Unpack[NetworkOptions]) -> LossNetwork:
         """The paper's loss network over (one-hot target, softmax probability)."""
         return cls("classification", **options)
 
     @classmethod
-    def regression(cls, **options: Any) -> LossNetwork:
+    def regression(cls, **options: Unpack[NetworkOptions]) -> LossNetwork:
         """The loss network over (target, prediction), anchored at the target unless ``anchored=False`` (the paper)."""
-        return cls("regression", **{"anchored": True, **options})
+        options.setdefault("anchored", True)
+        return cls("regression", **options)
 
     @classmethod
-    def default(cls, kind: str, **options: Any) -> LossNetwork:
+    def default(cls, kind: str, **options: Unpack[NetworkOptions]) -> LossNetwork:
         """The loss network of a kind of task: :meth:`classification` or :meth:`regression`."""
         return cls.classification(**options) if check_kind(kind) == "classification" else cls.regression(**options)
 
     @classmethod
-    def ml3(cls, kind: str, **options: Any) -> LossNetwork:
+    def ml3(cls, kind: str, **options: Unpack[NetworkOptions]) -> LossNetwork:
         """The loss network of ML³ (Bechtle et al. 2021): 2-50-50-1, ReLU, Softplus output, sum over the outputs,
 
         M_φ(y, f) = 1/B Σ_b Σ_c ℓ_φ(y_bc, p_bc), learned through one step of a fresh model at a time. As the method
         "ml3" of this package it gets AdaLFL's budget: 2,500 meta steps, and the best of eight rehearsals is kept.
         """
-        defaults: dict[str, Any] = {
+        published: NetworkOptions = {
             "hidden": (50, 50),
             "activation": "relu",
             "output_activation": "softplus",
             "reduction": "sum",
             "bias": True,
         }
-        return cls(kind, **{**defaults, **options})
+        chosen: NetworkOptions = {**published, **options}
+        return cls(kind, **chosen)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """M_φ of a batch, a scalar.
@@ -155,6 +171,7 @@ class LossNetwork(StoredLoss):
         losses = self._network(target, output)
         if not self.anchored:
             return losses
+        # equation (2): ℓ(y, p) − ℓ(y, y) − ∂_p ℓ(y, y) (p − y)
         value, slope = self._value_and_slope(target)
         return losses - value - slope * (output - target)
 
@@ -173,18 +190,19 @@ class LossNetwork(StoredLoss):
 
     def _value_and_slope(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ_φ(y, p) and ∂_p ℓ_φ(y, p) at p = y, the slope carried forward layer by layer."""
+        # as equation (1) of engines.closed_form: a_0 = (y, y), s_0 = (0, 1)
         value = torch.stack([target, target], dim=-1)
         slope = torch.stack([torch.zeros_like(target), torch.ones_like(target)], dim=-1)
         for layer in self.network:
-            slope = (
-                F.linear(slope, layer.weight)
-                if isinstance(layer, nn.Linear)
-                else slope * BY_KIND[type(layer)].slope(layer, value)
-            )
+            if isinstance(layer, nn.Linear):  # t_k = W_k s_{k−1}
+                slope = F.linear(slope, layer.weight)
+            else:  # s_k = σ_k'(z_k) t_k
+                slope = slope * BY_KIND[type(layer)].slope(layer, value)
             value = layer(value)
         return value.squeeze(-1), slope.squeeze(-1)
 
     def _reduce(self, losses: Tensor) -> Tensor:
+        """Equation (1): the mean over the batch, and over the outputs or their sum."""
         return losses.mean() if self.reduction == "mean" else losses.sum() / losses.shape[0]
 
     def extra_repr(self) -> str:

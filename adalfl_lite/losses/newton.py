@@ -51,6 +51,8 @@ class NewtonLoss(nn.Module):
 
 
 class _Preconditioned(torch.autograd.Function):
+    """The value of the loss itself, with the gradient of equation (1) as its own."""
+
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor, loss: Loss, curvature: str, damping: float) -> Tensor:
         with torch.enable_grad():
@@ -59,10 +61,13 @@ class _Preconditioned(torch.autograd.Function):
             (gradient,) = torch.autograd.grad(value, output)  # of the mean: ∇ℓ_b / B
         rows, columns = gradient.shape
         if curvature == "hessian":
+            # H̄ = 1/B Σ_k ∇²_z ℓ(z_k, y_k), (C, C)
             single = vmap(jacrev(jacrev(lambda z, y: loss(z[None], y[None]))))
             matrix = single(prediction.detach(), target).mean(0)
         else:
+            # 1/B Σ_k ∇ℓ_k ∇ℓ_kᵀ; the rows at hand are ∇ℓ_k / B, so B times their product
             matrix = rows * gradient.T @ gradient
+        # (H̄ + λI)⁻¹ ∇ℓ_b / B of every row b
         matrix = matrix + damping * torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
         ctx.save_for_backward(torch.linalg.solve(matrix, gradient.T).T)
         return value.detach()

@@ -88,6 +88,7 @@ class SymbolicLoss(StoredLoss):
         p, y = output_pairs(self.kind, prediction, target, self.weights.dtype)
         one = torch.ones_like(p)
         values = {"p": p, "y": y, "one": one, "minus_one": -one}
+        # from right to left, the operands of a node are on the stack when it is reached, the first of them on top
         stack: list[Tensor] = []
         for name, weight in zip(reversed(self.expression), reversed(self.weights), strict=True):
             if name in OPERATIONS:

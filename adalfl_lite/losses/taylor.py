@@ -49,6 +49,7 @@ class TaylorLoss(StoredLoss):
         """M_θ of a batch, a scalar."""
         p, y = output_pairs(self.kind, prediction, target, self.coefficients.dtype)
         t = self.coefficients
+        # equation (1): the terms in d alone, then those in e and d
         d, e = p - t[1], y - t[0]
         in_p = t[2] * d + t[3] * d**2 / 2 + t[4] * d**3 / 6
         mixed = t[5] * e * d + t[6] * e * d**2 / 2 + t[7] * e**2 * d / 2

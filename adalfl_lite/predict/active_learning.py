@@ -14,7 +14,6 @@ repeat. The strategies start from the same rows, model and batches, so the first
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pandas as pd
 import torch
@@ -99,9 +98,20 @@ def active_learning(
     def make_model() -> nn.Module:
         return model() if callable(model) else build_model(model, input_shape=data.input_shape, outputs=data.outputs)
 
-    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     for number in range(rounds):
-        trained, score = _round(strategy, make_model, module, inputs, targets, labelled, members, options)
+        trained, score = _round(
+            strategy,
+            make_model,
+            module,
+            inputs,
+            targets,
+            labelled,
+            members,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
         error, _ = evaluate(trained, data.test, data.kind)
         row = {"strategy": strategy, "seed": seed, "round": number, "labelled": len(labelled), "test_error": error}
         records.append({**row, **record(trained, labelled)})
@@ -120,10 +130,14 @@ def _round(
     targets: Tensor,
     labelled: Tensor,
     members: int,
-    options: dict[str, Any],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A model trained on the labelled rows, and what gives the strategy's score of every row."""
-    pair_loss, seed = PAIR_LOSSES.get(strategy, pair_divergence), options["seed"]
+    pair_loss = PAIR_LOSSES.get(strategy, pair_divergence)
 
     def trained(member: int) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
         torch.manual_seed(1000 * seed + member)
@@ -133,7 +147,16 @@ def _round(
             model(inputs[:2])
         module = make_module([features.shape[1] for features in tap.maps])
         train_with_loss_module(
-            model, module, layers, inputs[labelled], targets[labelled], pair_loss=pair_loss, **options
+            model,
+            module,
+            layers,
+            inputs[labelled],
+            targets[labelled],
+            pair_loss=pair_loss,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
         )
         return model, module, layers
 

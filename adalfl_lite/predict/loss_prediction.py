@@ -50,6 +50,7 @@ def pair_divergence(predicted: Tensor, true: Tensor) -> Tensor:
     A pair of which both losses are zero is a tie, p = (½, ½).
     """
     scores, losses = _pairs(predicted, true)
+    # p of equation (2), the shares of the two true losses; q is the softmax of the two scores
     total = losses.sum(0)
     p = torch.where(total > 0, losses / total.where(total > 0, 1), 0.5)
     return F.kl_div(scores.log_softmax(0), p, reduction="sum") / scores.shape[1]

@@ -15,6 +15,16 @@ from adalfl_lite.passes import eval_mode
 def evaluate(model: nn.Module, split: Split, kind: str, batch_size: int = 1000) -> tuple[float, float]:
     """(error, task loss) of ``model`` in eval mode over a whole split; the mode of every layer is put back.
 
+    The error rate is the number of wrong examples, a whole one, over the number of examples: equal counts are equal
+    errors, whatever the batches. The squared error and the task loss are means of batches, in
+    float32, put together in double precision.
+
+    Args:
+        model: maps inputs (B, ...) to logits (B, C) or predictions (B, K).
+        split: of a data set, with at least one row.
+        kind: "classification" or "regression".
+        batch_size: rows that go through the model at once.
+
     Raises:
         ValueError: the split is empty, or the model's outputs do not fit its targets.
         TypeError: it is no split.

@@ -3,13 +3,14 @@
 What each strategy's labels are worth, over seeds: the mean squared error after every round of labelling; on figures
 also the joints that are missed and the share of acrobats among the labelled ones; on California Housing the mean
 absolute error, and the share of the squared error that comes from the one worst district. California Housing is read
-from the data folder (``ADALFL_DATA``). Writes active_learning.parquet beside this file.
+from the data folder (``--root``). Writes active_learning.parquet beside this file.
 """
 
-import joblib
+from functools import partial
+
 import pandas as pd
 import torch
-from script import HERE, arguments, begin, save
+from script import HERE, arguments, begin, save, spread
 
 from adalfl_lite.data import load_dataset
 from adalfl_lite.predict.active_learning import STRATEGIES, active_learning
@@ -24,7 +25,6 @@ CALIFORNIA = {"rounds": 5, "first": 100, "added": 100, "steps": 300, "learning_r
 
 def on_figures(strategy: str, seed: int) -> pd.DataFrame:
     """Label 50 of 1,000 figures, and 75 more twice; Learning Loss has its own module, the pooling one."""
-    torch.set_num_threads(1)
     data = figures_dataset(POOL, VALID, TEST, seed=seed)
     acrobat = draw_figures(POOL + VALID + TEST, seed=seed).acrobat
     images, heatmaps = data.test[:]
@@ -41,10 +41,9 @@ def on_figures(strategy: str, seed: int) -> pd.DataFrame:
     return active_learning(data, strategy, model=HeatmapNet, record=record, seed=seed, **options).assign(task="figures")
 
 
-def on_california(strategy: str, seed: int) -> pd.DataFrame:
+def on_california(strategy: str, seed: int, root: str | None = None) -> pd.DataFrame:
     """Label 100 of 12,384 districts, and 100 more four times."""
-    torch.set_num_threads(1)
-    data = load_dataset("california", seed=seed)
+    data = load_dataset("california", seed=seed, root=root)
     inputs, targets = data.test[:]
 
     def record(model: torch.nn.Module, labelled: torch.Tensor) -> dict[str, float]:
@@ -56,12 +55,10 @@ def on_california(strategy: str, seed: int) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--jobs", type=int, default=1)
-    options = begin(parser)
-    tasks = {"figures": on_figures, "california": on_california}
-    grid = [(tasks[name], s, seed) for name, seeds in SEEDS.items() for seed in range(seeds) for s in STRATEGIES]
-    found = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(on)(strategy, seed) for on, strategy, seed in grid)
+    options = begin(arguments(__doc__, root=True, jobs=True))
+    figures, california = ([(s, seed) for seed in range(SEEDS[name]) for s in STRATEGIES] for name in SEEDS)
+    found = spread(on_figures, figures, options.jobs)
+    found += spread(partial(on_california, root=options.root), california, options.jobs)
     table = pd.concat(found, ignore_index=True)
     save(table, HERE / "active_learning.parquet")
     measures = ["test_error", "missed", "absolute_error"]

@@ -5,17 +5,16 @@ tables of results and of speed into README.md. The tests compare both with what 
 """
 
 import json
-from pathlib import Path
 
 import pandas as pd
 from names import MODELS, PEERS
+from script import HERE, note
 
 from adalfl_lite.compare import final_errors, tied
 from adalfl_lite.files import atomic_path
 from analysis.statistics import summarise
 from analysis.tables import markdown
 
-HERE = Path(__file__).parent
 EXECUTED = HERE.parent / "_build" / "jupyter_execute"
 README = HERE.parents[1] / "README.md"
 STEPS = HERE.parents[1] / "benchmarks" / "results" / "step.json"
@@ -70,10 +69,12 @@ def put_into_readme(name: str, table: str) -> None:
 
 
 def main() -> None:
-    """Write all of it."""
+    """Write the numbers of all chapters, and both tables of the README."""
     for chapter in chapters():
-        with atomic_path(HERE / f"{chapter}.json") as temporary:
+        numbers = HERE / f"{chapter}.json"
+        with atomic_path(numbers) as temporary:
             temporary.write_text(json.dumps(glued(chapter), indent=1) + "\n")
+        note(numbers)
     put_into_readme("results", results_table())
     put_into_readme("speed", speed_table())
 

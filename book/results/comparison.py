@@ -6,6 +6,7 @@ train all seeds as one program, so a task takes a quarter of an hour on one core
 minutes and one of the MLP 45.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +31,7 @@ TASKS = {
 
 
 def methods(task: Task) -> list[str]:
-    """Those that apply."""
+    """The names of the compared methods that suit the task."""
     return [name for name in CHOSEN if task.kind in METHODS[name].kinds]
 
 
@@ -42,8 +43,21 @@ def take_up(stored: Path, folder: Path, anew: list[str], methods: list[str]) -> 
             write_results(rows, path)
 
 
+def run(task: Task, chosen: Sequence[str], seeds: Sequence[int], folder: Path, root: str | None = None) -> None:
+    """Make the runs of a task that have no file yet."""
+    names = [name for name in methods(task) if name in chosen]
+    compare([task], names, seeds, folder=folder, root=root, together=task.model not in LARGE, progress=False)
+    print(task.name, *names, flush=True)
+
+
+def finished(folder: Path) -> pd.DataFrame:
+    """All runs that have a file, task by task."""
+    files = [path for name in TASKS for path in sorted(folder.glob(f"{name}--*.parquet"))]
+    return pd.concat(map(read_results, files), ignore_index=True)
+
+
 if __name__ == "__main__":
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, root=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=CHOSEN, default=list(CHOSEN), help="by default all that apply")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -52,11 +66,7 @@ if __name__ == "__main__":
     options = begin(parser)
     stored = HERE / "comparison.parquet"
     take_up(stored, options.folder, options.tasks if options.anew else [], options.methods)
-    for task in map(TASKS.get, options.tasks):
-        chosen, together = [name for name in methods(task) if name in options.methods], task.model not in LARGE
-        seeds = range(options.seeds)
-        compare([task], chosen, seeds, folder=options.folder, root=options.root, together=together, progress=False)
-        print(task.name, *chosen, flush=True)
-    files = [path for name in TASKS for path in sorted(options.folder.glob(f"{name}--*.parquet"))]
-    write_results(pd.concat(map(read_results, files), ignore_index=True), stored)
+    for name in options.tasks:
+        run(TASKS[name], options.methods, range(options.seeds), options.folder, options.root)
+    write_results(finished(options.folder), stored)
     note(stored)

@@ -34,7 +34,7 @@ def measure(task: Task, seeds: Sequence[int], online: Method = METHODS["online"]
             limit = 2 * (1 + settings.momentum) / settings.learning_rate
 
             def record(step, model, loss, seed=seed, name=name, batch=batch, plain=plain, limit=limit):
-                """Measure both."""
+                """Measure the curvature of both losses here."""
                 own, of_task = (top_eigenpairs(model, each, batch).values[0] for each in (loss, plain))
                 row = {"seed": seed, "method": name, "step": step, "own": own, "task_loss": of_task, "limit": limit}
                 found.append(row)

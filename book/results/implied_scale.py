@@ -26,7 +26,7 @@ def measure(
     for seed, one, prepared in zip(seeds, data, prepare(task, data, online, seeds), strict=True):
 
         def record(step, model, loss, seed=seed, batch=one.train[:ROWS]):
-            """Compare the two gradients."""
+            """Compare the two gradients on the same rows."""
             found = effective_learning_rate(model, loss, F.mse_loss, batch)
             rows.append({"task": task.name, "seed": seed, "step": step, **vars(found)})
 
@@ -36,7 +36,7 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, root=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = begin(parser)
     save(measure(get_task("california"), range(options.seeds), root=options.root), HERE / "implied_scale.parquet")

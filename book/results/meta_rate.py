@@ -35,7 +35,7 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, root=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="the rows of others stay")
     parser.add_argument("--seeds", type=int, default=10)
     options = begin(parser)

@@ -9,10 +9,8 @@ other_losses.parquet beside this file.
 import json
 import time
 
-import joblib
 import pandas as pd
-import torch
-from script import HERE, arguments, begin, save
+from script import HERE, arguments, begin, save, spread
 
 from adalfl_lite.compare import METHODS, Method, Task, get_task, prepare, train
 from adalfl_lite.losses import SymbolicLoss, TaylorLoss
@@ -24,7 +22,6 @@ TASK = get_task("digits").with_(steps=STEPS).corrupted(label_noise=NOISE)
 
 def measure(name: str, seed: int, task: Task = TASK, method: Method | None = None) -> dict:
     """Find the loss, then train with it; ``method`` in the place of the one of that name."""
-    torch.set_num_threads(1)
     how, started = method or METHODS[name], time.process_time()
     prepared = prepare(task, [task.load(seed=seed)], how, [seed])
     row = {"task": task.name, "method": name, "seed": seed, "cpu_seconds": time.process_time() - started}
@@ -43,10 +40,8 @@ def described(loss) -> str:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--jobs", type=int, default=1)
-    options = begin(parser)
+    options = begin(arguments(__doc__, jobs=True))
     grid = [(name, seed) for name in COMPARED for seed in range(SEEDS)]
-    table = pd.DataFrame(joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*job) for job in grid))
+    table = pd.DataFrame(spread(measure, grid, options.jobs))
     save(table, HERE / "other_losses.parquet")
     print(table.groupby("method", sort=False)[["test_error", "cpu_seconds", "tried"]].mean())

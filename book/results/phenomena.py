@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from script import HERE, arguments, begin, save
+from script import HERE, arguments, begin, note, save
 from torch import Tensor, nn
 
 from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss, initialise
@@ -156,7 +156,9 @@ class Run:
         epsilon, s = schedule(fitted, "epsilon"), schedule(fitted, "smoothing_scale")
         states = self.states
         if self.task.dataset == "digits" and self.seed < 3:
-            self.network(states[0]["loss"]).save(HERE / "phenomena_losses" / f"{self.name}-seed{self.seed}.pt")
+            kept = HERE / "phenomena_losses" / f"{self.name}-seed{self.seed}.pt"
+            self.network(states[0]["loss"]).save(kept)
+            note(kept)
 
         def rate(factor: float) -> LossAt:
             return lambda step: partial(smoothed_cross_entropy, epsilon=0.0, scale=factor)
@@ -207,7 +209,7 @@ class Run:
 
     @property
     def states_file(self) -> Path:
-        """Where they are kept."""
+        """Where the states of the online run are kept."""
         return self.folder / f"{self.name}--{self.seed}.pt"
 
     def file(self, variant: str) -> Path:
@@ -252,7 +254,7 @@ class Run:
 
     @property
     def settings(self) -> Initialiser:
-        """How long they learn."""
+        """For how long Algorithms 1 and 3 learn."""
         given = self.setting
         return Initialiser(
             steps=given.initialisation_steps, rehearsals=given.rehearsals, rehearsal_steps=given.rehearsal_steps
@@ -354,7 +356,7 @@ class Run:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, root=True)
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, help="by default all of a task's")
     parser.add_argument("--folder", type=Path, default=Path("results/phenomena"))

@@ -7,10 +7,9 @@ Writes short_horizon.parquet beside this file.
 
 from collections.abc import Sequence
 
-import joblib
 import pandas as pd
 import torch
-from script import HERE, arguments, begin, save
+from script import HERE, arguments, begin, save, spread
 
 from adalfl_lite import Initialiser, LossNetwork, evaluate, initialise
 from adalfl_lite.compare import Task, fresh, get_task
@@ -41,7 +40,6 @@ def measure(
     horizon: int = HORIZON,
 ) -> list[dict]:
     """Algorithm 1 without imitation and rehearsals; now and then, see what the loss is good for."""
-    torch.set_num_threads(1)
     make_network, rollout_steps = VARIANTS[variant]
     task, default_lengths, _ = TASKS[name]
     lengths = lengths or default_lengths
@@ -88,13 +86,11 @@ def whole_run(loss, task: Task, data, seed: int, horizon: int) -> dict:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser = arguments(__doc__, root=True, jobs=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="the rows of others stay")
     options = begin(parser)
     grid = [(name, v, seed, options.root) for name in options.tasks for seed in range(TASKS[name][2]) for v in VARIANTS]
-    measured = joblib.Parallel(n_jobs=options.jobs)(joblib.delayed(measure)(*point) for point in grid)
-    table = pd.DataFrame([row for rows in measured for row in rows])
+    table = pd.DataFrame([row for rows in spread(measure, grid, options.jobs) for row in rows])
     save(table, HERE / "short_horizon.parquet", tasks=options.tasks)
     columns = ["one_step_loss", "scale", "test_error"]
     print(table.groupby(["task", "variant", "meta_steps"], sort=False)[columns].mean().to_string())

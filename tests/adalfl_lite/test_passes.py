@@ -16,6 +16,7 @@ from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.learn.online import ENGINES
 from adalfl_lite.passes import Attributes, Undo, replaced, slots_of, unmarked
+from tests.models import Reverse
 from tests.shorthand import fit, fit_seeds, initialise, initialise_seeds
 
 
@@ -164,15 +165,6 @@ def test_whatever_fails_leaves_everything_as_it_was(engine, what):
 
 
 def test_another_engine_takes_the_step_that_one_refused():
-    class Reverse(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return -gradient
-
     class Model(Shared):
         def forward(self, x):
             return super().forward(Reverse.apply(self.first(x)))

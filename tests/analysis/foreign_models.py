@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.models import Apply
+
 
 def rows(n=6, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -22,17 +24,6 @@ def sequences(n=6, seed=0):
 def tokens(n=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randint(1, 5, (n, 5), generator=g), torch.randint(4, (n,), generator=g)
-
-
-class Applied(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def used_twice():
@@ -150,7 +141,7 @@ def hooked():
             h.register_hook(lambda gradient: 0.5 * gradient)
         return h
 
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), Applied(halve), nn.Linear(5, 4))
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), Apply(halve), nn.Linear(5, 4))
 
 
 class Rounded(torch.autograd.Function):
@@ -166,7 +157,7 @@ class Rounded(torch.autograd.Function):
 
 
 def rounded():
-    return nn.Sequential(nn.Linear(6, 5), Applied(Rounded.apply), nn.Tanh(), nn.Linear(5, 4))
+    return nn.Sequential(nn.Linear(6, 5), Apply(Rounded.apply), nn.Tanh(), nn.Linear(5, 4))
 
 
 class Checkpointed(nn.Module):

@@ -14,7 +14,6 @@ import analysis as an
 from tests.analysis.foreign_models import (
     MODELS,
     Alias,
-    Applied,
     Checkpointed,
     Recurrent,
     made,
@@ -23,6 +22,7 @@ from tests.analysis.foreign_models import (
     tokens,
     untouched,
 )
+from tests.models import Apply
 
 ce = F.cross_entropy
 
@@ -126,7 +126,7 @@ class Clipped(torch.autograd.Function):
 
 def clipped(frozen=False):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(15, 4), Applied(Clipped.apply), nn.Linear(4, 4)).double()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(15, 4), Apply(Clipped.apply), nn.Linear(4, 4)).double()
     model[1].requires_grad_(not frozen)
     return model
 
@@ -179,7 +179,7 @@ def test_what_neither_way_can_differentiate_is_refused(function):
 @pytest.mark.parametrize("function", SECOND)
 def test_a_derivative_that_is_not_finite_is_named(function):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 4), Applied(lambda h: h + (0 * h).sqrt())).double()
+    model = nn.Sequential(nn.Linear(6, 4), Apply(lambda h: h + (0 * h).sqrt())).double()
     with pytest.raises(ValueError, match="not finite"):
         SECOND[function](model, rows())
 
@@ -210,7 +210,7 @@ def test_half_precision_is_computed_in_single():
     ):
         with untouched(model):
             assert function(model, (x, y)) == pytest.approx(function(wide, (x.float(), y)), rel=1e-4)
-    casts = nn.Sequential(Applied(lambda x: x.bfloat16()), nn.Linear(6, 4).bfloat16())
+    casts = nn.Sequential(Apply(lambda x: x.bfloat16()), nn.Linear(6, 4).bfloat16())
     with pytest.raises(ValueError, match=r"in float32.*model.float\(\)"):
         an.trace(casts, ce, (x, y))
 
@@ -320,8 +320,8 @@ def test_token_ids_are_attributed_to_their_embedding(baseline):
 def test_in_place_changes_of_a_layers_output(change):
     torch.manual_seed(0)
     first, last, x = nn.Conv2d(1, 2, 3), nn.Linear(32, 4), torch.randn(3, 1, 6, 6, dtype=torch.float64)
-    model = nn.Sequential(first, Applied(change), nn.Flatten(), last).double()
-    above = nn.Sequential(Applied(lambda h: change(h.clone())), nn.Flatten(), last)
+    model = nn.Sequential(first, Apply(change), nn.Flatten(), last).double()
+    above = nn.Sequential(Apply(lambda h: change(h.clone())), nn.Flatten(), last)
     with untouched(model):
         found = an.integrated_gradients(model, x, target=1, layer="0")
         cam = an.grad_cam(model, x, "0", target=1, relu=False)

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from scipy.stats import bootstrap, wilcoxon
+from typer.testing import CliRunner
 
+from adalfl_lite.cli import app
 from adalfl_lite.compare.methods import METHODS
 from adalfl_lite.compare.tasks import get_task
 from analysis.statistics import holm
@@ -103,6 +105,25 @@ def test_the_readme_prints_the_results(final):
         for method, cell in zip(methods, found, strict=True):
             check_cell(cell, errors.get_group((task, method)))
             assert int(seeds) == len(errors.get_group((task, method)))
+
+
+def test_the_readme_has_the_very_tables_that_are_made_from_what_is_stored():
+    text = (ROOT / "README.md").read_text()
+    for name, table in (("results", collect.results_table()), ("speed", collect.speed_table())):
+        assert text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0] == table
+
+
+def test_the_command_line_takes_the_ties_of_stored_results_for_ties(final):
+    found = CliRunner().invoke(app, ["table", str(RESULTS / "comparison.parquet")])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.stdout.splitlines() if "|" in line]
+    (_, *tasks), _, *lines = lines
+    bold = {(task, line[0]) for line in lines for task, cell in zip(tasks, line[1:], strict=True) if "**" in cell}
+    means = final[np.isfinite(final.test_error)].groupby(["task", "method"], as_index=False).test_error.mean()
+    whole = final.groupby(["task", "method"]).test_error.apply(lambda errors: np.isfinite(errors).all())
+    means = means[[whole[task, method] for task, method in zip(means.task, means.method, strict=True)]]
+    best = means[means.test_error - means.groupby("task").test_error.transform("min") < 1e-9]
+    assert bold == set(zip(best.task, best.method, strict=True))
+    assert len(best) > best.task.nunique(), "a task without ties would not tell"
 
 
 def test_the_readme_prints_the_measured_speed():

@@ -1,6 +1,8 @@
 """Every result script runs, small; and what is stored is what a script has written."""
 
 import importlib
+import os
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from adalfl_lite import LossNetwork
 from adalfl_lite.compare import METHODS, get_task
+from adalfl_lite.data import load_dataset
 from tests.shorthand import short
 
 RESULTS = Path(__file__).parents[2] / "book" / "results"
@@ -31,11 +34,49 @@ def load(name):
     return importlib.import_module(name)
 
 
-def test_stored_tables_are_those_that_their_scripts_wrote():
+def test_stored_files_are_those_that_their_scripts_wrote():
     script = load("script")
-    assert {path.name for path in RESULTS.glob("*.parquet")} == set(script.checksums())
-    for name, digits in script.checksums().items():
-        assert script.checksum(RESULTS / name) == digits, name
+    kept, known = script.stored(), script.checksums()
+    assert {path.suffix for path in kept} == {".parquet", ".json", ".pt"}
+    for path in kept:
+        name = path.relative_to(RESULTS).as_posix()
+        assert script.checksum(path) == known.pop(name), name
+    assert not known, "checksums of files that are gone"
+
+
+def test_a_checksum_is_noted_where_the_file_lies_and_notices_a_change(tmp_path, monkeypatch):
+    script = load("script")
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    monkeypatch.setattr(script, "CHECKSUMS", tmp_path / "checksums.txt")
+    path = tmp_path / "below" / "b.json"
+    path.parent.mkdir()
+    for text in ("1", "2"):
+        path.write_text(text)
+        script.note(path)
+    script.save(pd.DataFrame({"x": [1]}), tmp_path / "a.parquet")
+    assert list(script.checksums()) == ["a.parquet", "below/b.json"]
+    assert script.checksums()["below/b.json"] == script.checksum(path)
+    path.write_text("3")
+    assert script.checksums()["below/b.json"] != script.checksum(path)
+
+
+def process_and_threads(number):
+    return number, os.getpid(), torch.get_num_threads()
+
+
+def test_points_are_spread_over_processes_of_one_thread_and_come_back_in_order():
+    found = load("script").spread(process_and_threads, [(3,), (1,), (2,)], jobs=1)
+    assert found == [(number, os.getpid(), 1) for number in (3, 1, 2)]
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_a_script_explains_itself_and_takes_a_folder_only_if_it_reads_one(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(RESULTS / f"{name}.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert f"python book/results/{name}.py" in shown
+    assert ("--root" in shown) == (".root" in (RESULTS / f"{name}.py").read_text())
 
 
 def test_a_table_is_kept_with_its_provenance_and_the_rows_of_other_tasks(tmp_path):
@@ -48,6 +89,7 @@ def test_a_table_is_kept_with_its_provenance_and_the_rows_of_other_tasks(tmp_pat
     assert "t.parquet" not in script.checksums()  # it is not stored beside the scripts
 
 
+@pytest.mark.slow
 def test_curvature():
     found = load("curvature").measure(DIGITS, [0], ONLINE, rows=30)
     assert set(found.method) == {"cross-entropy", "cross-entropy, rate x 10", "learned"}
@@ -98,6 +140,10 @@ def test_active_learning(monkeypatch):
         monkeypatch.setattr(module, name, value)
     found = module.on_figures("random", 0)
     assert found.labelled.tolist() == [20, 25] and found.missed.between(0, 1).all()
+    monkeypatch.setattr(module, "load_dataset", lambda name, root, seed: load_dataset("diabetes", seed=seed))
+    monkeypatch.setattr(module, "CALIFORNIA", {**module.CALIFORNIA, **few})
+    found = module.on_california("ensemble", 0)
+    assert found.labelled.tolist() == [20, 25] and (found.absolute_error > 0).all() and found.worst.between(0, 1).all()
 
 
 def test_comparison_takes_up_what_is_stored(tmp_path):
@@ -111,6 +157,18 @@ def test_comparison_takes_up_what_is_stored(tmp_path):
     assert "label-smoothing-tuned" not in module.methods(get_task("diabetes"))
 
 
+def test_comparison_makes_what_has_no_file_yet(tmp_path):
+    module = load("comparison")
+    task = get_task("iris").with_(steps=5)
+    for seeds in ([0], [0, 1]):
+        before = {path: path.read_bytes() for path in tmp_path.glob("*")}
+        module.run(task, ["handcrafted", "no such method"], seeds, tmp_path)
+        assert all(path.read_bytes() == kept for path, kept in before.items())
+    found = module.finished(tmp_path)
+    assert set(found.seed) == {0, 1} and set(found.method) == {"handcrafted"} and found.step.max() == 5
+
+
+@pytest.mark.slow
 def test_phenomena(tmp_path, monkeypatch):
     module = load("phenomena")
     setting = module.SETTINGS["digits"]

@@ -19,6 +19,7 @@ from torch.optim import optimizer as optim_hooks
 from torch.utils.checkpoint import checkpoint
 
 from adalfl_lite import OnlineLoss
+from tests.models import Apply, Layers, Reverse
 from tests.trust.reference import (
     ENGINES,
     Problem,
@@ -38,33 +39,6 @@ from tests.trust.reference import (
 
 pytestmark = pytest.mark.slow
 LABEL = "steps of any model"
-
-
-class Apply(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class Layers(nn.Module):
-    """Two linear layers, and a forward pass given as a function of (self, x)."""
-
-    def __init__(self, run, **more):
-        super().__init__()
-        self.a, self.b, self.run = nn.Linear(6, 8), nn.Linear(8, 4), run
-        for name, value in more.items():
-            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def mlp():
@@ -435,18 +409,6 @@ OPERATIONS = {
 }  # fmt: skip
 
 # --------------------------------------------------------------- backward passes that are not the forward's derivative
-
-
-class Reverse(Function):
-    """Gradient reversal."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return -2 * g
 
 
 class ReverseWithTangent(Reverse):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd import Function
 from torch.nn.utils import parametrizations
 
+from tests.models import Apply, Reverse
 from tests.trust.reference import ENGINES, InaccurateError, Problem, judge_all, sequences
 
 pytestmark = pytest.mark.slow
@@ -88,25 +88,6 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return x * self.scale + self.shift
-
-
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class Reverse(Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return -g
 
 
 class RunningMean(nn.Module):

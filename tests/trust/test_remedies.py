@@ -40,9 +40,10 @@ from adalfl_lite.learn.meta_learning import rehearsal
 from adalfl_lite.losses.symbolic import SymbolicLoss, points_downhill, search_symbolic
 from adalfl_lite.losses.task import task_loss
 from adalfl_lite.losses.taylor import search_taylor
+from tests.models import Layers, Once, Reverse
 from tests.shorthand import fit_seeds, initialise_seeds
 from tests.trust.reference import Problem, judge, plain_step, prepare, reference, started, tokens, weights
-from tests.trust.test_any_model import ALL, FOLLOWED, Layers, Reverse, Words, between, embedded, hidden, mlp, stale
+from tests.trust.test_any_model import ALL, FOLLOWED, Words, between, embedded, hidden, mlp, stale
 
 TABLE = runpy.run_path(str(Path(__file__).with_name("test_bad_input.py")))
 Given, frozen, without_gradients = TABLE["Given"], TABLE["frozen"], TABLE["without_gradients"]
@@ -567,18 +568,6 @@ class Steep(nn.Linear):
         if output.requires_grad:
             output.register_hook(lambda gradient: 2 * gradient)
         return output
-
-
-class Once(torch.autograd.Function):
-    """The identity, in a way that vmap does not know."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
 
 
 class OwnProduct(nn.Linear):

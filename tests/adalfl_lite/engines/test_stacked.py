@@ -18,6 +18,7 @@ from adalfl_lite.engines.stacked import (
 )
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.losses.network import LossNetwork
+from tests.models import Once
 from tests.shorthand import forward_mode_step
 
 TASK_LOSS = {"classification": F.cross_entropy, "regression": F.mse_loss}
@@ -164,16 +165,6 @@ class Guarded(nn.Module):
         if h.requires_grad:
             h.register_hook(lambda gradient: self.factor * gradient)
         return self.last(h)
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
 
 
 class Own(Guarded):
