@@ -76,6 +76,8 @@ def compare(
     if isinstance(methods, str):
         raise TypeError(f"methods must be a list of names, got {methods!r}; use [{methods!r}]")
     names = list(methods)
+    if any(not isinstance(name, str) for name in names):
+        raise TypeError('methods must be names, or methods of your own by name, such as {"mine": Method(...)}')
     for name, values in (("tasks", [task.name for task in chosen]), ("methods", names), ("seeds", seeds)):
         if not len(values):
             raise ValueError(f"nothing to compare: {name} is empty")

@@ -58,7 +58,11 @@ FULL_RATE_STEPS = 3000
 
 @dataclass(frozen=True)
 class Method:
-    """How a loss and a learning rate are had, and how they are used."""
+    """How a loss and a learning rate are had, and how they are used.
+
+    Raises:
+        ValueError: meta batches of another split, or ``online`` where there is nothing to adapt.
+    """
 
     loss: Given | Learned | TaylorSearch | SymbolicSearch
     about: str
@@ -74,6 +78,18 @@ class Method:
     """Train for as many steps as this method costs with its initialisation; None: as the task says."""
     meta_learning_rate: float | None = None
     """η of Algorithm 2; None: see :meth:`online_meta_learning_rate`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would look at the test split, or do nothing."""
+        if self.meta_batches not in ("valid", "train"):
+            raise ValueError(f"meta_batches must be 'valid' or 'train', got {self.meta_batches!r}")
+        if self.online and isinstance(self.loss, Given) and not isinstance(self.rate, LearnedRate):
+            parameters = self.loss.loss.parameters() if isinstance(self.loss.loss, nn.Module) else ()
+            if not any(parameter.requires_grad for parameter in parameters):
+                raise ValueError(
+                    f"online=True has nothing to adapt in {type(self.loss).__name__}; leave it out, or give a loss with"
+                    " trainable parameters or rate=LearnedRate()"
+                )
 
     @property
     def recipe(self) -> str:
@@ -226,8 +242,9 @@ def prepare(
     shared = {seed: {} for seed in seeds} if shared is None else shared
     given = zip(datasets, seeds, strict=True)
     jobs = [Job(task, data, seed, how.meta_batches, device, progress) for data, seed in given]
-    new = [job for job in jobs if _key(how.loss, job) not in shared[job.seed]]
-    if isinstance(how.loss, Learned) and len(new) > 1 and how.stacks(task):
+    learned = isinstance(how.loss, Learned) and how.stacks(task)
+    new = [job for job in jobs if _key(how.loss, job) not in shared[job.seed]] if learned else []
+    if isinstance(how.loss, Learned) and len(new) > 1:
         started = time.perf_counter()
         found = how.loss.find_together(new)
         share = (time.perf_counter() - started) / len(new)
@@ -238,18 +255,26 @@ def prepare(
 
 def _prepared(how: Method, job: Job, shared: dict) -> Prepared:
     """The loss, then the rate, then the data of one job."""
-    started = time.perf_counter()
     found, seconds = _found(how.loss, job, shared)
+    started = time.perf_counter()
     loss, task, schedule = found.learned, job.task, None
     steps, chosen = found.steps, found.chosen_step
     if isinstance(how.rate, Tuned):
         task = how.rate.tune(job, loss)
-        seconds = time.perf_counter() - started
+        seconds += time.perf_counter() - started
     elif isinstance(how.rate, LearnedRate):
         (rate, steps, chosen), of_rate = _found(how.rate, job, shared)
         task, seconds = task.with_(learning_rate=rate.rates[0]), seconds + of_rate
     elif isinstance(how.rate, Replayed):
-        (replayed,) = prepare(task, [job.data], how.rate.of, [job.seed], device=job.device, shared={job.seed: shared})
+        (replayed,) = prepare(
+            task,
+            [job.data],
+            how.rate.of,
+            [job.seed],
+            device=job.device,
+            shared={job.seed: shared},
+            progress=job.progress,
+        )
         started = time.perf_counter()
         schedule = recorded_scale(replayed, how.rate.of, job.seed, device=job.device, rows=how.rate.rows)
         seconds = replayed.seconds + time.perf_counter() - started  # also where the initialisation was shared

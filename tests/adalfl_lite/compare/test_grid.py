@@ -684,6 +684,59 @@ def test_methods_of_your_own_can_be_compared_and_are_told_apart_where_they_were_
         compared([DIABETES], mine, [0])
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.Method(TaskLoss(), "mine", online=True), "online=True has nothing to adapt in TaskLoss"),
+        (lambda: methods.Method(recipes.Newton(), "mine", Tuned(), online=True), "nothing to adapt in Newton"),
+        (lambda: methods.Method(Learned(), "mine", meta_batches="test"), "must be 'valid' or 'train', got 'test'"),
+    ],
+)
+def test_a_method_that_would_do_nothing_or_look_at_the_test_split_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_methods_without_a_name_are_refused():
+    with pytest.raises(TypeError, match="methods must be names, or methods of your own by name, such as"):
+        compared([IRIS], [METHODS["online"]], [0])
+
+
+@pytest.mark.parametrize("changes", [{"clip_gradient_norm": 1.0}, {"engine": "finite-difference"}])
+def test_an_initialisation_that_no_stack_has_is_run_seed_by_seed(changes):
+    short_one = short(METHODS["offline"])
+    mine = replace(short_one, loss=replace(short_one.loss, settings=short_one.loss.settings.with_(**changes)))
+    assert short_one.stacks(IRIS) and not mine.stacks(IRIS)
+    found = [compared([IRIS], {"mine": mine}, [0, 1], together=together) for together in (True, False)]
+    assert set(found[0].seeds_together) == {1}
+    same(*found)
+
+
+def test_a_loss_of_your_own_needs_no_hash():
+    @dataclass  # with == and so without a hash
+    class Smoothed:
+        epsilon: float = 0.1
+
+        def __call__(self, prediction, target):
+            return torch.nn.functional.cross_entropy(prediction, target, label_smoothing=self.epsilon)
+
+    mine = methods.Method(recipes.Given(Smoothed(), ("classification",)), "smoothed")
+    named = compared([IRIS], ["label-smoothing"], [0])
+    assert compared([IRIS], {"mine": mine}, [0]).test_loss.tolist() == named.test_loss.tolist()
+
+
+def test_tuning_the_rate_of_a_learned_loss_costs_what_the_loss_cost_too():
+    """Also where another method has learned that loss before."""
+    loss, shared = short(METHODS["offline"]).loss, {0: {}}
+    seconds = []
+    for _ in range(2):
+        mine = methods.Method(loss, "mine", Tuned((1.0,)))
+        (prepared,) = methods.prepare(IRIS, [IRIS.load(seed=0)], mine, [0], shared=shared)
+        seconds.append(prepared.seconds)
+    ((_, learned),) = shared[0].values()
+    assert min(seconds) > learned > 0
+
+
 def test_a_task_of_your_own_can_be_compared():
     task = Task("my wine", "wine", "linear", steps=10, batch_size=20)
     found = compared([task], ["handcrafted"], [0, 1])
