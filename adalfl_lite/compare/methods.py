@@ -41,7 +41,7 @@ from adalfl_lite.compare.recipes import (
 from adalfl_lite.compare.tasks import Task
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.learn.base import Learner, Plain
-from adalfl_lite.learn.learning_rate import OnlineLearningRate, implied_scale, replay
+from adalfl_lite.learn.learning_rate import OnlineLearningRate, implied_scale, scaled_schedule
 from adalfl_lite.learn.meta_learning import Initialiser
 from adalfl_lite.learn.online import META_LEARNING_RATE, OnlineLoss
 from adalfl_lite.learn.stacked import Stacked
@@ -327,7 +327,7 @@ def train(
     if not together and not (how.online and isinstance(how.rate, LearnedRate)):  # whose drops are learned too
         scheduler = task.make_scheduler(learner.optimizer)
         if (schedule := prepared[0].schedule) is not None:
-            scheduler = replay(learner.optimizer, *schedule, task.schedule)
+            scheduler = scaled_schedule(learner.optimizer, *schedule, task.schedule)
     history = fit(
         learner,
         [one.data for one in prepared],

@@ -2,9 +2,9 @@
 
 With f the training output, g = ∂M_φ/∂f, and v = ∇_θ' L_T one ordinary backward pass on the meta batch, ::
 
-    w = (∂U/∂g)ᵀ v           the optimizer's own derivative, elementwise    (1)
-    u = J_f(θ) w             one forward-mode pass of the base model, without a graph    (2)
-    ∇_φ L_T = ∇_φ ⟨∂M_φ/∂f (f, y), u⟩    derivatives of the small loss network alone    (3)
+    w = (∂U/∂g)ᵀ v                      (1)  the optimizer's own derivative
+    u = J_f(θ) w                        (2)  one forward-mode pass, no graph
+    ∇_φ L_T = ∇_φ ⟨∂M_φ/∂f (f, y), u⟩   (3)  of the small loss network alone
 
 It follows from ∇_θ M_φ = J_fᵀ g: differentiating θ' = U(θ, J_fᵀ g) along φ gives (∂U/∂g) J_fᵀ ∂g/∂φ, and the products
 are taken from the left. Row b of u says how example b's output would move along the (negative) meta-direction: which

@@ -316,7 +316,7 @@ def implied_scale(model: nn.Module, loss: Loss, task_loss: Loss, batch: Batch) -
     return float(inner / sum(g.square().sum() for g in task))
 
 
-def replay(
+def scaled_schedule(
     optimizer: Optimizer,
     steps: Sequence[float],
     scales: Sequence[float],

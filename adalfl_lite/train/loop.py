@@ -72,7 +72,7 @@ def fit(
         meta_batches: "valid"; "train" to adapt on training rows alone (the paper allows both); or "next", where the
             meta batch of a step is the training batch of the next one, so that ``engine="shared"`` saves a pass.
         scheduler: over ``learner.optimizer``, advanced after every step; such as torch's ``MultiStepLR``, or the
-            recorded schedule of another run, :func:`~adalfl_lite.learn.learning_rate.replay`.
+            recorded schedule of another run, :func:`~adalfl_lite.learn.learning_rate.scaled_schedule`.
         augment: changes the inputs of a training batch at random, such as
             :func:`~adalfl_lite.data.crop_and_flip`; batches of the valid split stay as they are.
         seed: seeds the order of the batches, S of them for a stack; seed torch yourself before drawing the model.

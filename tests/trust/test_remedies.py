@@ -35,7 +35,7 @@ from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies
 from adalfl_lite.compare.recipes import Job, TaskLoss, Tuned
 from adalfl_lite.compare.tasks import TASKS, get_task
 from adalfl_lite.data.corruption import with_imbalance, with_label_noise
-from adalfl_lite.learn.learning_rate import LearningRate, replay
+from adalfl_lite.learn.learning_rate import LearningRate, scaled_schedule
 from adalfl_lite.learn.meta_learning import rehearsal
 from adalfl_lite.losses.symbolic import SymbolicLoss, points_downhill, search_symbolic
 from adalfl_lite.losses.task import task_loss
@@ -298,7 +298,7 @@ def rate_by(given, kind):
 def scheduled(given, steps, scales):
     """The rates of a replayed schedule."""
     optimizer = given.optimizer()
-    scheduler = replay(optimizer, steps, scales)
+    scheduler = scaled_schedule(optimizer, steps, scales)
     rates = []
     for _ in range(3):
         rates.append(optimizer.param_groups[0]["lr"])

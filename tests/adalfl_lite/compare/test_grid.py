@@ -481,8 +481,8 @@ def test_an_initialisation_is_shared_by_what_it_depends_on_alone(monkeypatch, ch
 def test_the_replayed_schedule_is_the_one_that_online_implied(results, monkeypatch):
     """c at each evaluation of an online run, by gradients of our own; and it is a schedule of 40 steps."""
     seen = {}
-    replay = methods.replay
-    monkeypatch.setattr(methods, "replay", lambda o, *found: seen.update(found=found) or replay(o, *found))
+    replay = methods.scaled_schedule
+    monkeypatch.setattr(methods, "scaled_schedule", lambda o, *found: seen.update(found=found) or replay(o, *found))
     same(run(IRIS, "rate-replay", 0), rows(results, "rate-replay"))
     x, y = IRIS.load(seed=0).train[:]
     expected = []
@@ -500,8 +500,8 @@ def test_the_replayed_schedule_is_the_one_that_online_implied(results, monkeypat
 
 def test_drops_are_kept_by_every_method_but_the_one_that_learns_its_rate_online(monkeypatch):
     task, calls = IRIS.with_(drops=(0.5,)), recorded_fit(monkeypatch)
-    shared, replay, seen = {0: {}}, methods.replay, []
-    monkeypatch.setattr(methods, "replay", lambda *arguments: seen.append(arguments[-1]) or replay(*arguments))
+    shared, replay, seen = {0: {}}, methods.scaled_schedule, []
+    monkeypatch.setattr(methods, "scaled_schedule", lambda *arguments: seen.append(arguments[-1]) or replay(*arguments))
     for method in ("handcrafted", "rate-offline", "online", "rate-replay", "rate-online"):
         history = run(task, method, 0, shared=shared)
         expected = {"rate-online": None}.get(method, 0.1)

@@ -14,7 +14,13 @@ from torch.func import functional_call
 from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.engines.steps import plain_step
 from adalfl_lite.engines.updates import functional_update
-from adalfl_lite.learn.learning_rate import PROPORTIONAL, LearningRate, OnlineLearningRate, implied_scale, replay
+from adalfl_lite.learn.learning_rate import (
+    PROPORTIONAL,
+    LearningRate,
+    OnlineLearningRate,
+    implied_scale,
+    scaled_schedule,
+)
 from tests.shorthand import fit, initialise_learning_rate
 
 SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
@@ -341,11 +347,11 @@ def test_fit_learns_the_learning_rate_online_and_resumes_it_bit_for_bit(tmp_path
 
 def test_a_recorded_schedule_is_replayed(tmp_path):
     """c = 2 gives the run with twice the rate; a changing c is interpolated, and checkpointed."""
-    history, theta = trained(lr=0.1, scheduler=lambda optimizer: replay(optimizer, [0, 24], [2.0, 2.0]))
+    history, theta = trained(lr=0.1, scheduler=lambda optimizer: scaled_schedule(optimizer, [0, 24], [2.0, 2.0]))
     assert torch.equal(theta, trained(lr=0.2)[1]) and set(history.learning_rate) == {0.2}
 
     def scheduler(optimizer):
-        return replay(optimizer, [0, 8, 16], [1.0, 3.0, -1.0])
+        return scaled_schedule(optimizer, [0, 8, 16], [1.0, 3.0, -1.0])
 
     history, theta = trained(scheduler=scheduler, checkpoint=tmp_path / "run")
     assert history.learning_rate.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.15, 0, 0, 0])
@@ -364,7 +370,7 @@ def test_a_recorded_schedule_is_replayed(tmp_path):
 
 def test_a_replayed_schedule_multiplies_the_one_that_was_there():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler = replay(optimizer, [0, 4], [2.0, 2.0], schedule=lambda step: 0.1 if step >= 2 else 1.0)
+    scheduler = scaled_schedule(optimizer, [0, 4], [2.0, 2.0], schedule=lambda step: 0.1 if step >= 2 else 1.0)
     rates = []
     for _ in range(4):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -381,6 +387,6 @@ def test_a_schedule_that_cannot_be_replayed_is_refused():
         ([0, 5], [1.0, math.nan], "the scale at step 5 is not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            replay(optimizer, steps, values)
+            scaled_schedule(optimizer, steps, values)
     with pytest.raises(ValueError, match="exclude each other"):
-        trained(scheduler=lambda o: replay(o, [0], [1.0]), online=True, learn="learning_rate")
+        trained(scheduler=lambda o: scaled_schedule(o, [0], [1.0]), online=True, learn="learning_rate")
