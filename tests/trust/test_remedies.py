@@ -31,8 +31,8 @@ import adalfl_lite
 from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss, Plain, Stacked, evaluate, load_dataset
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
-from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies
-from adalfl_lite.compare.recipes import Job, TaskLoss, Tuned
+from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, Method, check_applies
+from adalfl_lite.compare.recipes import Job, Learned, LearnedRate, TaskLoss, Tuned
 from adalfl_lite.compare.tasks import TASKS, get_task
 from adalfl_lite.data.corruption import with_imbalance, with_label_noise
 from adalfl_lite.learn.learning_rate import LearningRate, scaled_schedule
@@ -786,6 +786,11 @@ INITIALISING = [
         lambda g: g.initialise(steps=2)),
     row("one method for a list", lambda g: compare(["iris"], "handcrafted", [0]), r"use \['handcrafted'\]",
         lambda g: compare([get_task("iris").with_(steps=2)], ["handcrafted"], [0], progress=False)),
+    row("a method without a name", lambda g: compare(["iris"], [METHODS["handcrafted"]], [0]), r'by name, such as {"mine": Method\(\.\.\.\)}',
+        lambda g: compare([get_task("iris").with_(steps=2)], {"mine": Method(TaskLoss(), "x")}, [0], progress=False)),
+    row("nothing to adapt online", lambda g: Method(TaskLoss(), "x", online=True), r"leave it out, or give .* rate=LearnedRate\(\)",
+        lambda g: Method(TaskLoss(), "x"), lambda g: Method(TaskLoss(), "x", LearnedRate(), online=True),
+        lambda g: Method(Learned(), "x", online=True)),
     row("seeds: a stack of stacks", lambda g: Stacked([g.stacked(), g.stacked()]), "give Plain, OnlineLoss or OnlineLearningRate learners",
         lambda g: g.stacked(), lambda g: g.stacked_plain(F.cross_entropy, F.cross_entropy)),
     row("seeds: one loss twice", lambda g: g.stacked_plain(g.network, g.network), "give each its own",
