@@ -84,12 +84,9 @@ class Method:
         if self.meta_batches not in ("valid", "train"):
             raise ValueError(f"meta_batches must be 'valid' or 'train', got {self.meta_batches!r}")
         if self.online and isinstance(self.loss, Given) and not isinstance(self.rate, LearnedRate):
-            parameters = self.loss.loss.parameters() if isinstance(self.loss.loss, nn.Module) else ()
-            if not any(parameter.requires_grad for parameter in parameters):
-                raise ValueError(
-                    f"online=True has nothing to adapt in {type(self.loss).__name__}; leave it out, or give a loss with"
-                    " trainable parameters or rate=LearnedRate()"
-                )
+            loss = self.loss.loss
+            if not isinstance(loss, nn.Module) or not any(p.requires_grad for p in loss.parameters()):
+                raise ValueError("online=True has nothing to adapt; give a loss with weights, or rate=LearnedRate()")
 
     @property
     def recipe(self) -> str:
@@ -277,7 +274,7 @@ def _prepared(how: Method, job: Job, shared: dict) -> Prepared:
         )
         started = time.perf_counter()
         schedule = recorded_scale(replayed, how.rate.of, job.seed, device=job.device, rows=how.rate.rows)
-        seconds = replayed.seconds + time.perf_counter() - started  # also where the initialisation was shared
+        seconds += replayed.seconds + time.perf_counter() - started  # also where the initialisation was shared
     data = job.data
     if how.train_on_valid:
         data = replace(data, train=_joined(data.train, data.valid))

@@ -206,7 +206,7 @@ class Learned:
         return [Found(loss, done.steps, done.chosen_step) for loss, done in zip(*found, strict=True)]
 
     def stacks(self, kind: str) -> bool:
-        """Whether its derivatives are known in closed form, which a stack needs, and a stack has all settings."""
+        """Whether its derivatives are known in closed form, which a stack needs, and a stack has all its settings."""
         if self.settings.not_for_a_stack:
             return False
         with torch.random.fork_rng(devices=[]):

@@ -104,8 +104,10 @@ class Unrolled:
                 theta, state = functional_update(optimizer, theta, gradients, state)
                 apply_gradients(optimizer, parameters, [None if g is None else g.detach() for g in gradients])
                 steps.append(step)
+            random = RandomState(model)
             meta_loss = _meta_loss(problem, {id(p): t for p, t in zip(parameters, theta, strict=True)}, meta_batch)
             meta_gradient, pairs = _double_backward(meta_loss, phi, steps)
+            random.restore()  # as after the last training pass: a backward pass may draw numbers, too
             if not same_values([p for p, _ in undo.frozen], [copy for _, copy in undo.frozen]):
                 raise ValueError(CHANGED)
             _check_identity(problem, steps, pairs)
@@ -114,15 +116,13 @@ class Unrolled:
 
 
 def _meta_loss(problem: Problem, theta: dict[int, Tensor], meta_batch: Batches) -> Tensor:
-    """L_T at θ, with its graph; buffers and the random state are left as they were."""
+    """L_T at θ, with its graph; the buffers are left as they were."""
     model = problem.model
-    buffers, random = Buffers(model), RandomState(model)
-    losses = []
+    buffers, losses = Buffers(model), []
     parts = micro_batches(meta_batch)
     for share, (inputs, targets) in zip(shares_of(parts), parts, strict=True):
         with unmarked(model), replaced(model, {**theta, **buffers.fresh()}), _twice_differentiable():
             losses.append((share, problem.task_loss(forward(model, inputs, problem.autocast), targets)))
-    random.restore()
     return total(losses)
 
 

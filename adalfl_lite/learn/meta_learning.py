@@ -97,12 +97,14 @@ class Initialiser:
         return INITIAL_META_LEARNING_RATE[learned] if self.meta_learning_rate is None else self.meta_learning_rate
 
     @property
-    def not_for_a_stack(self) -> str | None:
-        """The first setting that several seeds in one program cannot have, as it is written; None if there is none."""
-        for name, default in (("clip_gradient_norm", None), ("clip_gradient_value", None), ("engine", "forward")):
-            if (value := getattr(self, name)) != default:
-                return f"{name}={value!r}"
-        return None
+    def not_for_a_stack(self) -> str:
+        """The first setting that several loss networks as one program cannot have, in words; "" if there is none."""
+        given: dict[str, Any] = {
+            "clip_gradient_norm": self.clip_gradient_norm,
+            "clip_gradient_value": self.clip_gradient_value,
+            "engine": None if self.engine == "forward" else self.engine,
+        }
+        return next((f"{name}={value!r}" for name, value in given.items() if value is not None), "")
 
     @property
     def moments(self) -> list[int]:

@@ -93,7 +93,7 @@ def test_short_horizon(variant):
 @pytest.mark.slow
 def test_active_learning(monkeypatch):
     module = load("active_learning")
-    few = {"rounds": 1, "first": 20, "added": 5, "steps": 4, "batch_size": 8, "members": 2}
+    few = {"rounds": 2, "first": 20, "added": 5, "steps": 4, "batch_size": 8, "members": 2}
     for name, value in (("POOL", 60), ("TEST", 10), ("FIGURES", {**module.FIGURES, **few})):
         monkeypatch.setattr(module, name, value)
     found = module.on_figures("random", 0)

@@ -687,9 +687,10 @@ def test_methods_of_your_own_can_be_compared_and_are_told_apart_where_they_were_
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: methods.Method(TaskLoss(), "mine", online=True), "online=True has nothing to adapt in TaskLoss"),
-        (lambda: methods.Method(recipes.Newton(), "mine", Tuned(), online=True), "nothing to adapt in Newton"),
+        (lambda: methods.Method(TaskLoss(), "mine", online=True), "online=True has nothing to adapt; give a loss"),
+        (lambda: methods.Method(recipes.Newton(), "mine", Tuned(), online=True), "online=True has nothing to adapt"),
         (lambda: methods.Method(Learned(), "mine", meta_batches="test"), "must be 'valid' or 'train', got 'test'"),
+        (lambda: methods.Method(Learned(), "mine", meta_batches="next"), "must be 'valid' or 'train', got 'next'"),
     ],
 )
 def test_a_method_that_would_do_nothing_or_look_at_the_test_split_is_refused(make, message):
@@ -773,3 +774,10 @@ def test_the_stored_results_come_out_again(full_length):
         assert low <= found.mean() <= high, f"{method}: {found.tolist()}, stored {errors[found.index].tolist()}"
         if method == "handcrafted":  # no chaos there but that of rounding: two of 360 rows
             assert (found - errors[found.index]).abs().max() <= 2 / 359
+
+
+def test_settings_that_a_stack_has_not_are_kept_by_running_one_by_one():
+    loss = METHODS["online"].loss
+    for setting in ({"clip_gradient_norm": 1.0}, {"clip_gradient_value": 0.1}, {"engine": "unrolled"}):
+        assert not replace(METHODS["online"], loss=replace(loss, settings=loss.settings.with_(**setting))).stacks(IRIS)
+    assert METHODS["online"].stacks(IRIS)
