@@ -5,7 +5,7 @@ the model with a softmax to explain probabilities). Methods return an :class:`At
 far they rest on the same inputs::
 
     explained = integrated_gradients(model, images)
-    agreement = compare_attributions(model, other, images, method=integrated_gradients, baseline=0.0)
+    agreement = compare_attributions(model, other, images, method=partial(occlusion, window=3))
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from analysis.cut import Cut, Output, find_layer
-from analysis.inputs import call, evaluation, one_tensor, plain_kernels, replaced
+from analysis.inputs import call, device_of, evaluation, one_tensor, plain_kernels, replaced
 from analysis.plotting import DIVERGING, PALETTE
 
 
@@ -152,10 +152,11 @@ def grad_cam(
 def occlusion(
     model: nn.Module,
     inputs: Tensor,
-    window: int = 1,
-    stride: int = 1,
     target: int | Tensor | None = None,
     baseline: float | Tensor = 0.0,
+    *,
+    window: int = 1,
+    stride: int = 1,
     chunk_size: int = 64,
 ) -> Attribution:
     """Occlusion (Zeiler and Fergus 2014): f(x) − f(x with a window set to the baseline), mean over a feature's windows.
@@ -165,10 +166,10 @@ def occlusion(
     Args:
         model: see :func:`integrated_gradients`.
         inputs: (N, D) tabular, or ``(N, C, *space)`` such as images (N, C, H, W), floating.
-        window: its length along every dimension but the channels, all of which it covers.
-        stride: how far it moves each time; 1 to ``window``. The last windows may reach beyond the edge.
         target: see :func:`integrated_gradients`.
         baseline: see :func:`integrated_gradients`.
+        window: its length along every dimension but the channels, all of which it covers.
+        stride: how far it moves each time; 1 to ``window``. The last windows may reach beyond the edge.
         chunk_size: examples explained at once; takes the memory of a batch of 8 · chunk_size.
 
     Returns:
@@ -244,7 +245,6 @@ def compare_attributions(
     method: Callable[..., Attribution] = integrated_gradients,
     target: int | Tensor | None = None,
     top_k: int | None = None,
-    **options: object,
 ) -> pd.DataFrame:
     """Whether two models rest the same output on the same inputs: :func:`attribution_agreement` of their attributions.
 
@@ -252,10 +252,10 @@ def compare_attributions(
         model: see :func:`integrated_gradients`.
         other: the model to compare it with, of as many outputs.
         inputs: (N, ...), floating.
-        method: :func:`integrated_gradients`, :func:`occlusion`, or any ``method(model, inputs=..., target=...)``.
+        method: :func:`integrated_gradients`, :func:`occlusion`, or any ``method(model, inputs=..., target=...)``, with
+            options of its own by ``functools.partial``: ``partial(integrated_gradients, layer="2")``.
         target: the output to explain in both models; None takes the one that ``model`` predicts.
         top_k: see :func:`attribution_agreement`.
-        options: further arguments of ``method``; ``layer`` for the methods that take one.
 
     Returns:
         One row per example: target, spearman, overlap.
@@ -263,8 +263,8 @@ def compare_attributions(
     Raises:
         ValueError: as ``method`` and :func:`attribution_agreement` do.
     """
-    first = method(model, inputs=inputs, target=target, **options)
-    second = method(other, inputs=inputs, target=first.target, **options)
+    first = method(model, inputs=inputs, target=target)
+    second = method(other, inputs=inputs, target=first.target)
     agreement = attribution_agreement(first.values, second.values.to(first.values.device), top_k)
     return agreement.assign(target=first.target.cpu().numpy())[["target", "spearman", "overlap"]]
 
@@ -315,22 +315,25 @@ def plot_image_attribution(
 
 
 def plot_feature_attributions(
-    values: Tensor, names: Sequence[str] | None = None, ax: Axes | None = None, top: int | None = 10
+    values: Tensor, ax: Axes | None = None, *, names: Sequence[str] | None = None, top: int | None = 10
 ) -> Axes:
     """A bar per feature: the attribution of one example, or the mean magnitude over several; the largest first.
 
     Args:
         values: (N, D), or (D,) for one example.
-        names: D names of the features; None numbers them.
         ax: the axes; None takes the current ones.
+        names: D names of the features; None numbers them.
         top: how many features to draw; None draws all.
 
     Raises:
+        TypeError: names where the axes should be.
         ValueError: other shapes, NaN, or a wrong number of names.
 
     Examples:
-        >>> ax = plot_feature_attributions(torch.randn(20, 3), ["age", "income", "rooms"])
+        >>> ax = plot_feature_attributions(torch.randn(20, 3), names=["age", "income", "rooms"])
     """
+    if not (ax is None or isinstance(ax, Axes)):
+        raise TypeError(f"ax must be axes, got {type(ax).__name__}; give the names of the features by names=")
     if values.ndim not in (1, 2) or values.numel() == 0 or not torch.isfinite(values).all():
         raise ValueError(f"values must be finite, of shape (N, D) or (D,); got shape {tuple(values.shape)}")
     names = [str(d) for d in range(values.shape[-1])] if names is None else list(names)
@@ -376,7 +379,7 @@ def _explain(
             f"inputs must be floating, of shape (N, ...) with N >= 1; got {found}. Token ids are explained at their "
             "embedding, integrated_gradients(..., layer=...)"
         )
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), inputs.device)
+    device = device_of(model) or inputs.device
     inputs = inputs.detach().to(device)
     given = torch.as_tensor(baseline, dtype=None if ids else inputs.dtype)
     if ids and given.is_floating_point() and not torch.equal(given, given.round()):

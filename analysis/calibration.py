@@ -10,7 +10,6 @@ model over a loader, so that they compose::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -23,11 +22,11 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from analysis.inputs import Batch, call, on_device, one_tensor, preserved
+from analysis.inputs import Data, call, on_device, one_tensor, preserved
 from analysis.plotting import colours, legend_above
 
 
-def predictions(model: nn.Module, data: Batch | Iterable[Batch]) -> tuple[Tensor, Tensor]:
+def predictions(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
     """The logits of ``model`` in eval mode, and the targets, over one (inputs, targets) pair or a loader of them.
 
     Args:
@@ -135,6 +134,7 @@ def reliability_table(logits: Tensor, targets: Tensor, bins: int = 15, adaptive:
         edges = np.unique(np.quantile(confidence, edges))
         edges = np.repeat(edges, 2) if len(edges) == 1 else edges
     bins = len(edges) - 1
+    # bins are [low, high), so a value on an edge belongs above it; but for 1, which is in the last
     index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0/0 in empty bins
@@ -182,6 +182,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         raise ValueError("the logits tell no more than constant ones, so T is infinite: train the model first")
     if own == 0:
         raise ValueError("every prediction is right, so the best T is 0: fit T on more or harder held-out examples")
+    # the derivative grows with β, from below 0 at β = 0 to above 0 somewhere: double until the root is bracketed
     high = 1.0
     while slope(high) < 0:
         high *= 2

@@ -26,7 +26,6 @@ For example::
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -38,7 +37,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor, nn
 
 from analysis.derivatives import TORCHSCRIPT, backward
-from analysis.inputs import Batch, Loss
+from analysis.inputs import Data, Loss
 from analysis.matrices import check_choice, operator, prepared
 from analysis.plotting import PALETTE
 
@@ -46,8 +45,6 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", *TORCHSCRIPT)
     from curvlinops import hutchinson_trace, hutchpp_trace
     from curvlinops.papyan2020traces.spectrum import fast_lanczos, lanczos_approximate_spectrum_from_iter
-
-Data = Batch | Iterable[Batch]
 
 WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
 TRACES = {"hutchinson": hutchinson_trace, "hutch++": hutchpp_trace}
@@ -121,6 +118,7 @@ def top_eigenpairs(
         if not 1 <= count < size:
             raise ValueError(f"count must be at least 1 and less than the {size} parameters, got {count}")
         precision = torch.zeros((), dtype=linear.dtype).numpy().dtype
+        # ARPACK would draw a vector to start from of its own, a new one in every call
         start = np.random.default_rng(seed).standard_normal(size).astype(precision)
         try:
             values, columns = eigsh(
@@ -133,6 +131,7 @@ def top_eigenpairs(
         order = np.argsort({"largest": -values, "smallest": values, "magnitude": -np.abs(values)}[which])
         vectors = []
         for column in columns.T[order]:
+            # v and −v are both eigenvectors: take the one whose largest entry is positive
             flat = torch.as_tensor(column * np.sign(column[np.abs(column).argmax()]), device=linear.device)
             parts = flat.split([parameter.numel() for parameter in parameters.values()])
             shaped = zip(parameters.items(), parts, strict=True)
@@ -179,6 +178,7 @@ def trace(
         if method == "exact":
             total = 0.0
             for rows in torch.arange(size, device=linear.device).split(products):
+                # columns of the identity; of A times them only the diagonal of the block counts
                 units = (torch.arange(size, device=linear.device)[:, None] == rows).to(linear.dtype)
                 total += (linear @ units)[rows].trace().item()
             return Trace(total, 0.0)
@@ -238,6 +238,8 @@ def spectral_density(
     low, high = ritz.min().item(), ritz.max().item()
     if not low < high:
         raise ValueError(f"the spectrum from {low} to {high} has no extent")
+    # every run is smoothed over one range, so that the densities can be averaged point by point; kappa = 3 lets a bump
+    # fall to a third of its height half way between two nodes
     curves = [lanczos_approximate_spectrum_from_iter(run, (low, high), points, kappa=3.0, margin=0.05) for run in runs]
     density = torch.stack([density for _, density in curves]).double().mean(0)
     return SpectralDensity(curves[0][0].double().cpu().numpy(), density.cpu().numpy())
@@ -283,6 +285,7 @@ def _rise(model: nn.Module, loss: Loss, data: Data, rho: float, batchnorm: str, 
         parameters = {name: leaf.detach() for name, leaf in problem.leaves.items()}
         gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         before = after = 0.0
+        # L(θ) and g = ∇L over all examples; each batch weighs as many as it has
         for x, y in problem.batches:
             with problem.open():
                 value = problem.value(x, y)
@@ -290,12 +293,14 @@ def _rise(model: nn.Module, loss: Loss, data: Data, rho: float, batchnorm: str, 
             before += value.item() * len(x) / total
             for name, part in zip(gradient, found, strict=True):
                 gradient[name] += part * (len(x) / total)
+        # T = abs(θ), or the identity: the step ρ T²g/‖Tg‖ maximises ⟨g, ε⟩ where ‖T⁻¹ε‖ ≤ ρ, by Cauchy and Schwarz
         scales = {name: p.abs() if adaptive else torch.ones_like(p) for name, p in parameters.items()}
         norm = torch.stack([(scales[name] * gradient[name]).norm() for name in gradient]).norm()
         if not torch.isfinite(norm):
             raise ValueError("the gradient of the loss is not finite; check the model and the loss")
         if norm == 0:
             return 0.0
+        # θ + ρ T²g/‖Tg‖ takes the place of θ, and the loss is read there
         problem.leaves = {name: p + rho / norm * scales[name] ** 2 * gradient[name] for name, p in parameters.items()}
         for x, y in problem.batches:
             with problem.open(), torch.no_grad():

@@ -15,6 +15,7 @@ class Cut:
     """A model cut in two at the output of a layer, which it calls once."""
 
     def __init__(self, f: Output, module: nn.Module):
+        """Cut f, a function that runs the model, at the output of ``module``, one of the model's own."""
         self.f, self.module = f, module
 
     def below(self, x: Tensor) -> Tensor:
@@ -28,6 +29,8 @@ class Cut:
     def _run(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
+        # What a forward hook returns takes the place of the output. Clones, because the layer after this one may work
+        # in place, as ReLU(inplace=True) does, and would change what is kept here, or a leaf of the caller's.
         def hook(_: nn.Module, arguments: object, output: Tensor) -> Tensor | None:
             seen.append(output.clone())
             return None if hidden is None else hidden.clone()

@@ -63,6 +63,7 @@ def backward(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], graph: bool = False
 ) -> list[Tensor]:
     """Σ ∂⟨output, cotangent⟩/∂input for each of ``inputs``, zero where there is no dependence; the graph is kept."""
+    # torch refuses outputs without a graph: they depend on no input, and add nothing to the sum
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in inputs]
@@ -74,13 +75,14 @@ def backward(
 
 
 def backward_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`backward` of K cotangents each, stacked in front, (K, *shape): at once if torch can, else in a loop."""
+    """:func:`backward` of K cotangents each, stacked in front, ``(K, *shape)``: at once if possible, else in a loop."""
     count = len(columns[0])
     if count > 1:
         pairs = [(o, c) for o, c in zip(outputs, columns, strict=True) if o.requires_grad]
         if not pairs:
             return [leaf.new_zeros(count, *leaf.shape) for leaf in inputs]
         outs, seeds = zip(*pairs, strict=True)
+        # is_grads_batched is vmap over the backward pass: K products in one pass, with the memory of K
         try:
             found = torch.autograd.grad(
                 outs, list(inputs), seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
@@ -120,7 +122,8 @@ def check_adjoint(pulled: Sequence[Tensor], direction: Sequence[Tensor], cotange
         ValueError: a product is not finite.
         NotImplementedError: the two differ.
     """
-    first, second = inner(pulled, direction), inner([cotangent], [tangent])
+    first, second = inner(pulled, direction), inner([cotangent], [tangent])  # ⟨Jᵀs, w⟩ and ⟨s, J w⟩
+    # either number is a sum that may cancel to almost nothing, so rounding is judged against ‖Jᵀs‖ ‖w‖ + ‖s‖ ‖J w‖
     sizes = [inner(part, part).sqrt() for part in (list(pulled), list(direction), [cotangent], [tangent])]
     check_equal(first, second, sizes[0] * sizes[1] + sizes[2] * sizes[3], cotangent, NOT_LINEAR)
 
@@ -137,7 +140,8 @@ def check_equal(first: Tensor, second: Tensor, scale: Tensor, like: Tensor, word
             "roots and norms at zero, and for overflow in half precision: try float32"
         )
     single_on_gpu = like.is_cuda and like.dtype == torch.float32
-    tolerance = 5e-3 if single_on_gpu else torch.finfo(like.dtype).eps ** 0.5  # TF32 has 10 bits
+    # √eps leaves room for the rounding of many layers, and a wrong derivative is off by far more; TF32 has 10 bits
+    tolerance = 5e-3 if single_on_gpu else torch.finfo(like.dtype).eps ** 0.5
     if not (first - second).abs() <= tolerance * scale:
         raise NoDerivative(words.format(first.item(), second.item()))
 
@@ -164,11 +168,11 @@ def tangent(
     w = [direction[name] for name in leaves]
     s = cotangent.detach().clone().requires_grad_()
     try:
-        pulled = backward([prediction], list(leaves.values()), [s], graph=True)
-        (found,) = backward(pulled, [s], w)
+        pulled = backward([prediction], list(leaves.values()), [s], graph=True)  # Jᵀs, as a function of s
+        (found,) = backward(pulled, [s], w)  # equation (1): ∇_s ⟨Jᵀs, w⟩ = J w; its value does not depend on s
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except RuntimeError as error:  # the backward pass is not differentiable; forward mode needs no second one
         pulled = backward([prediction], list(leaves.values()), [cotangent])
         found = _forward_mode(forward, leaves, direction, error)
     check_adjoint([g.detach() for g in pulled], w, cotangent, found)

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from analysis.effective_lr import effective_learning_rate
-from analysis.inputs import Data, Loss, call, on_device, preserved, require_columns, still
+from analysis.inputs import Data, Loss, call, finite_scalar, on_device, preserved, require_columns, still
 from analysis.plotting import PALETTE, label, legend_above, plain_ticks
 
 MEASURES = {"scale": "c", "gradient_norm": "‖∇M‖", "task_gradient_norm": "‖∇L‖"}
@@ -117,6 +117,7 @@ def stopping_point(frame: pd.DataFrame, threshold: float = 0.1, by: str = "scale
     push = relative_push(frame, by).to_numpy()
     steps, valid = runs["step"].to_numpy(), runs["valid_loss"].to_numpy()
     gap = valid - runs["train_loss"].to_numpy()
+    # how many records from the end back are below without a break; the first of them is the stop
     stop = len(push) - int(np.logical_and.accumulate(push[::-1] < threshold).sum())
     stops = stop < len(push)
     return StoppingPoint(
@@ -137,9 +138,7 @@ def _mean_loss(model: nn.Module, task_loss: Loss, data: Data) -> float:
     with preserved(model, task_loss, training=False), torch.no_grad():
         for inputs, targets in on_device(data, model):
             value = still(task_loss)(call(model, {}, inputs), targets)
-            if value.ndim or not torch.isfinite(value):
-                raise ValueError(f"the task loss must be a finite scalar, got {value.cpu()}")
-            total += value.item() * len(inputs)
+            total += finite_scalar(value, "the task loss").item() * len(inputs)
             count += len(inputs)
     return total / count
 

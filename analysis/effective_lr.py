@@ -66,8 +66,8 @@ def decompose(gradient: Tensor, task_gradient: Tensor) -> tuple[float, Tensor]:
     """
     if gradient.shape != task_gradient.shape:
         raise ValueError(f"gradients of one shape, got {tuple(gradient.shape)} and {tuple(task_gradient.shape)}")
-    scale = (gradient * task_gradient).sum() / task_gradient.square().sum()
-    return scale.item(), gradient - scale * task_gradient
+    scale = (gradient * task_gradient).sum() / task_gradient.square().sum()  # c = ⟨∇M, ∇L⟩ / ‖∇L‖²
+    return scale.item(), gradient - scale * task_gradient  # r = ∇M − c ∇L
 
 
 @overload
@@ -169,6 +169,7 @@ def implied_schedule(frame: pd.DataFrame, learning_rate: float | Callable[[int],
 def _measure(gradient: Tensor, task_gradient: Tensor) -> EffectiveLR:
     scale, residual = decompose(gradient, task_gradient)
     norms = gradient.norm(), task_gradient.norm()
+    # each divided by its own norm first: the product of two small norms may be zero
     cosine = (gradient / norms[0]) @ (task_gradient / norms[1])
     ratio = residual.norm() / norms[0]
     return EffectiveLR(scale, cosine.item(), residual.norm().item(), ratio.item(), norms[0].item(), norms[1].item())
@@ -267,6 +268,7 @@ def plot_layer_schedule(frame: pd.DataFrame, ax: Axes | None = None, y: str = "s
 def _edges(centres: Sequence[float]) -> np.ndarray:
     """Of cells that meet half way between these; one cell alone is as wide as one."""
     values = np.asarray(centres, dtype=float)
+    # matplotlib's shading="nearest" does the same for several, and gives one alone no width
     if len(values) == 1:
         return values + [-0.5, 0.5]
     middles = (values[1:] + values[:-1]) / 2

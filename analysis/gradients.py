@@ -96,7 +96,13 @@ def gradient_norms(model: nn.Module, loss: Loss, data: Data, state: State | None
 
 
 def gradient_cosine(
-    model: nn.Module, loss: Loss, train: Data, valid: Data, valid_loss: Loss | None = None, state: State | None = None
+    model: nn.Module,
+    loss: Loss,
+    train: Data,
+    valid: Data,
+    *,
+    valid_loss: Loss | None = None,
+    state: State | None = None,
 ) -> float:
     """Cosine between the gradient of ``loss`` on ``train`` and of ``valid_loss`` (by default the same) on ``valid``.
 
@@ -219,9 +225,9 @@ class Influence:
 def influence(
     model: nn.Module,
     loss: Loss,
+    task_loss: Loss,
     batch: Batch,
     meta_data: Data,
-    task_loss: Loss,
     learning_rate: float,
     meta_state: State | None = None,
 ) -> Influence:
@@ -248,31 +254,33 @@ def influence(
     Args:
         model: f_θ before the step, run in the modes it is in.
         loss: M, (prediction, target) -> scalar.
+        task_loss: L_T, (prediction, target) -> scalar.
         batch: the training batch (x, y).
         meta_data: one (inputs, targets) pair or a loader, on which L_T is taken.
-        task_loss: L_T, (prediction, target) -> scalar.
         learning_rate: α > 0. With Nesterov momentum μ the step that depends on this batch is α(1 + μ).
         meta_state: state dict of θ', at which to take v; by default v is taken at θ.
 
     Raises:
+        TypeError: a loss that cannot be called, as where the arguments are in another order.
         ValueError: bad data, a loss that is not finite, or a learning rate that is not positive.
         NotImplementedError: the model's backward pass has no derivative, and forward mode none either; or a wrong one,
             see :mod:`analysis.derivatives`.
     """
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    (v,) = mean_gradients(model, [task_loss], meta_data, meta_state)
+    (v,) = mean_gradients(model, [task_loss], meta_data, meta_state)  # ∇L_T, at θ' if it is given
     ((inputs, targets),) = on_device([batch], model)
     with preserved(model, loss), plain_kernels(model), torch.enable_grad():
         parameters, _ = split_state(model, None)
         leaves = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
-        w = {name: -learning_rate * v[name] for name in leaves}
+        w = {name: -learning_rate * v[name] for name in leaves}  # the direction −αv, along which u_b = J_b w
         same_random_numbers = repeatable(model)
         with replaced(model, leaves), explained():
             prediction = one_tensor(model(inputs.clone()))
+            # The loss is differentiated along f alone. If it is a mean over the batch, ∂M/∂f_b holds its 1/B.
             leaf = prediction.detach().requires_grad_()
             value = check_value(still(loss)(leaf, targets))
-            (output_gradient,) = backward([value], [leaf], [torch.ones_like(value)])
+            (output_gradient,) = backward([value], [leaf], [torch.ones_like(value)])  # ∂M/∂f, (B, C)
             if not torch.isfinite(output_gradient).all():
                 raise ValueError("the gradient of the loss with respect to the prediction is not finite")
 
@@ -280,15 +288,16 @@ def influence(
                 with same_random_numbers():
                     return call(model, replacements, inputs)
 
+            # one J w for the whole batch: row b of it is J_b w = u_b, as long as examples do not mix
             moved = tangent(prediction, leaves, w, output_gradient, again)
-    scores = (real(output_gradient) * real(moved)).flatten(1).sum(1)
+    scores = (real(output_gradient) * real(moved)).flatten(1).sum(1)  # equation (1): s_b = ⟨∂M/∂f_b, u_b⟩
     return Influence(leaf.detach(), output_gradient, moved, scores.detach())
 
 
 def _per_sample(
     model: nn.Module, loss: Loss, data: Data, state: State | None, chunk_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Per-sample gradients in chunks, {name: (chunk, *shape)}; to be called in a ``preserved`` block in eval mode."""
+    """Per-sample gradients in chunks, ``{name: (chunk, *shape)}``; to be called within ``preserved``, in eval mode."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     parameters, rest = split_state(model, state)
@@ -310,7 +319,7 @@ def _per_sample(
                 rows.append(backward([value], list(leaves.values()), [torch.ones_like(value)]))
         return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*rows, strict=True), strict=True)}
 
-    at_once = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+    at_once = vmap(grad(loss_of_one), in_dims=(None, 0, 0))  # a batch of one for each example, side by side
     for inputs, targets in on_device(data, model):
         for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
             try:
@@ -337,6 +346,8 @@ def _moments(
             for name, gradients in chunk.items():
                 gradients = gradients.double()
                 mean = gradients.mean(0)
+                # of two groups of n and m, with means apart by δ: scatter = scatter + scatter + δ² nm/(n + m),
+                # mean = mean + δ m/(n + m); no sum of squares is formed that would cancel
                 shift = mean - means.get(name, torch.zeros_like(mean))
                 between = shift.square().sum() * count * new / (count + new)
                 scatters[name] = scatters.get(name, 0.0) + ((gradients - mean).square().sum() + between).item()
@@ -348,8 +359,8 @@ def _moments(
 
 
 def _noise(squared_mean: float, scatter: float, count: int) -> GradientNoise:
-    trace = scatter / (count - 1)
-    squared = squared_mean - trace / count
+    trace = scatter / (count - 1)  # tr(Σ)
+    squared = squared_mean - trace / count  # ‖ḡ‖² is ‖G‖² + tr(Σ)/N in expectation
     noise_scale = trace / squared if squared > 0 else float("inf")
     signal_to_noise = noise_scale**-0.5 if noise_scale > 0 else float("inf")
     return GradientNoise(squared, trace, noise_scale, signal_to_noise, count)

@@ -33,7 +33,7 @@ from analysis.derivatives import real
 from analysis.snapshots import Snapshot, modules_behind
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""A loss: (prediction, target) -> scalar tensor."""
+"""A loss is any callable (prediction, target) -> scalar tensor."""
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, targets)."""
@@ -58,7 +58,12 @@ def preserved(*owners: Callable, training: bool | None = None) -> Iterator[None]
     Args:
         owners: what the block calls; the modules among them, or behind them, are put back.
         training: put the first one, a model, in train (True) or eval (False) mode for the block; None leaves the modes.
+
+    Raises:
+        TypeError: one of them cannot be called, as where data come before the loss.
     """
+    if wrong := [type(owner).__name__ for owner in owners if not callable(owner)]:
+        raise TypeError(f"a model and a loss must be callable, got {wrong[0]}; the order is model, losses, data")
     with LOCK:
         found = [Snapshot(module, values=True) for owner in owners for module in modules_behind(owner)]
         devices = _gpus(tensor for one in found for tensor in one.tensors)
@@ -116,6 +121,8 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         known = named_tensors(model)
         if unknown := [name for name in tensors if name not in known]:
             raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
+        # By identity, not by name: a tied parameter is one tensor in several slots. Buffers become copies, since
+        # BatchNorm writes into them in place.
         others = {id(known[name]): tensor for name, tensor in tensors.items()}
         others |= {id(buffer): others.get(id(buffer), buffer).clone() for buffer in found.buffers}
         try:
@@ -187,7 +194,7 @@ def by_first_name(model: nn.Module, state: Mapping[str, Tensor], what: str = "th
     known = named_tensors(model)
     if unknown := set(state) - set(known) - set(model.state_dict(keep_vars=True)):
         raise ValueError(f"the model has no parameter or buffer named {', '.join(sorted(unknown))}")
-    first = {id(tensor): name for name, tensor in reversed(known.items())}
+    first = {id(tensor): name for name, tensor in reversed(known.items())}  # the first name of each tensor overwrites
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in known:
@@ -266,7 +273,7 @@ def plain_kernels(model: nn.Module, order: int = 2) -> Iterator[None]:
             for library in libraries:
                 library.enabled = False
             torch.backends.mha.set_fastpath_enabled(False)
-            if order > 1:
+            if order > 1:  # flash and memory-efficient attention can be differentiated once
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if any(map(_weight_normed, model.modules())):
                     stack.enter_context(_PlainWeightNorm())
@@ -282,16 +289,21 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def as_batches(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
+def as_batches(data: Data) -> Iterator[Batch]:
     """Iterate over one (inputs, targets) pair of tensors, or over a loader of such pairs, checking each.
 
     Raises:
+        TypeError: data that cannot be iterated, as where a loss stands in their place.
         ValueError: there is no batch, a batch is not a pair of equally long tensors, or it holds NaN or infinity.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         data = [cast(Batch, data)]
+    try:
+        numbered = enumerate(data)
+    except TypeError as error:
+        raise TypeError(f"data must be batches, got {type(data).__name__}; the order is model, losses, data") from error
     position = -1
-    for position, batch in enumerate(data):
+    for position, batch in numbered:
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(p, Tensor) for p in batch)):
             raise ValueError(f"batch {position} must be two tensors (inputs, targets), got {type(batch).__name__}")
         inputs, targets = batch
@@ -313,11 +325,28 @@ def require_columns(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError("the frame has no rows")
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of the first parameter, or else of the first buffer; None for a model that has neither."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+
+
 def on_device(data: Data, model: nn.Module) -> Iterator[Batch]:
     """The checked batches of ``data`` on the device of the model, if it has anything that is on one."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    device = device_of(model)
     for inputs, targets in as_batches(data):
         yield inputs.to(device), targets.to(device)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the model that require a gradient, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
+    return found
 
 
 def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -330,9 +359,7 @@ def split_state(model: nn.Module, state: State | None) -> tuple[dict[str, Tensor
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     given = {} if state is None else by_first_name(model, state)
     values = {name: given.get(name, tensor).detach().to(tensor.device) for name, tensor in own.items()}
-    trained = {name: values[name] for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("no parameter of the model requires a gradient; unfreeze some with requires_grad_()")
+    trained = {name: values[name] for name in trainable(model)}
     return trained, {name: value.clone() for name, value in values.items() if name not in trained}
 
 
@@ -362,14 +389,24 @@ def one_tensor(prediction: Tensor) -> Tensor:
     return prediction
 
 
-def check_value(value: Tensor) -> Tensor:
-    """The value of a loss, if it is a finite scalar that depends on something.
+def finite_scalar(value: Tensor, what: str = "the loss") -> Tensor:
+    """The value of a loss, if it is one finite number; ``what`` names the loss in the error.
 
     Raises:
         ValueError: it is not.
     """
     if value.ndim or not torch.isfinite(value):
-        raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+        raise ValueError(f"{what} must be a finite scalar, got {value.detach().cpu()}")
+    return value
+
+
+def check_value(value: Tensor) -> Tensor:
+    """The value of a loss, if it is a finite scalar that depends on something, so that it can be differentiated.
+
+    Raises:
+        ValueError: it is not.
+    """
+    finite_scalar(value)
     if not value.requires_grad:
         raise ValueError(
             "the loss does not depend on what it is differentiated by: is the forward pass or the loss under "

@@ -26,7 +26,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogitLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
-from analysis.inputs import Batch, Data, Loss, call, on_device, one_tensor, preserved, require_columns, still
+from analysis.inputs import (
+    Batch,
+    Data,
+    Loss,
+    call,
+    finite_scalar,
+    on_device,
+    one_tensor,
+    preserved,
+    require_columns,
+    still,
+)
 from analysis.plotting import PALETTE, SEQUENTIAL, label
 
 NEARLY_UNIFORM = 1e-6
@@ -114,12 +125,13 @@ def fit_label_smoothing(prediction: Tensor, target: Tensor, gradient: Tensor) ->
     classes = prediction.shape[1]
     y = nn.functional.one_hot(target, classes).double()
     a, d = prediction.detach().double().softmax(1) - y, y - 1 / classes
+    # the least-squares fit of g by s·a + sε·d, with d made orthogonal to a first: d⊥ = d − a ⟨a, d⟩/‖a‖²
     along = (a * d).sum() / a.square().sum()
     across = d - along * a
-    identifiability = (across.norm() / d.norm()).item()
+    identifiability = (across.norm() / d.norm()).item()  # the sine of the angle between a and d
     determined = identifiability > NEARLY_UNIFORM  # else a and d are parallel: ε = 0 explains all that any ε can
-    scale_epsilon = (g * across).sum() / across.square().sum() if determined else g.new_zeros(())
-    scale = ((g - scale_epsilon * d) * a).sum() / a.square().sum()
+    scale_epsilon = (g * across).sum() / across.square().sum() if determined else g.new_zeros(())  # s·ε
+    scale = ((g - scale_epsilon * d) * a).sum() / a.square().sum()  # s, of what s·ε leaves
     r2 = 1 - (g - scale * a - scale_epsilon * d).square().sum() / g.square().sum()
     epsilon = (scale_epsilon / scale).item() if determined else float("nan")
     return LabelSmoothing(epsilon, scale.item(), r2.item(), identifiability, len(g))
@@ -139,9 +151,7 @@ def logit_gradient(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
     _check(prediction, target)
     with preserved(loss), torch.enable_grad():
         leaf = prediction.detach().clone().requires_grad_()
-        value = still(loss)(leaf, target)
-        if value.ndim or not torch.isfinite(value):
-            raise ValueError(f"the loss must be a finite scalar, got {value.detach().cpu()}")
+        value = finite_scalar(still(loss)(leaf, target))
         (gradient,) = torch.autograd.grad(value, leaf)
     return gradient * len(prediction)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from analysis.inputs import (
     Batch,
+    Data,
     Loss,
     as_batches,
     batch_norms,
@@ -51,6 +52,7 @@ from analysis.inputs import (
     evaluation,
     plain_kernels,
     still,
+    trainable,
 )
 from analysis.plotting import PALETTE, SEQUENTIAL
 
@@ -117,7 +119,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
     Raises:
         ValueError: no parameter is left to move.
     """
-    parameters = _trainable(model)
+    parameters = {name: parameter.detach() for name, parameter in trainable(model).items()}
     if not any(weight.ndim > 1 for weight in parameters.values()):
         raise ValueError("the model trains only biases and other vectors, which filter normalisation leaves in place")
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +131,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
                 direction[name] = torch.zeros_like(weight)
                 continue
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-            scale = weight.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
+            scale = weight.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)  # ‖θ_ij‖ / ‖d_ij‖, of each filter j
             direction[name] = noise * scale.reshape(-1, *[1] * (weight.ndim - 1))
         directions.append(direction)
     return directions
@@ -138,7 +140,7 @@ def random_directions(model: nn.Module, count: int = 1, seed: int = 0) -> list[D
 def line(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     direction: Direction | None = None,
     *,
     positions: ArrayLike | None = None,
@@ -177,7 +179,7 @@ def line(
 def plane(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     directions: Sequence[Direction] | None = None,
     *,
     x: ArrayLike | None = None,
@@ -207,7 +209,7 @@ def plane(
 def interpolate(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     start: Direction,
     end: Direction,
     *,
@@ -226,6 +228,7 @@ def interpolate(
     """
     names = dict(model.named_parameters()).keys()
     start, end = checked_tensors("start", start, model, names), checked_tensors("end", end, model, names)
+    # whole numbers stay those of the start: BatchNorm's count of batches, for one
     moving = [name for name in start if name in end and start[name].is_floating_point()]
     direction = {name: end[name].to(start[name]) - start[name] for name in moving}
     t = _axis("positions", np.linspace(0, 1, 25) if positions is None else positions)
@@ -244,6 +247,7 @@ def barrier(path: Line) -> float:
     if len(path.positions) < 2:
         raise ValueError(f"a barrier needs at least 2 positions, got {len(path.positions)}")
     fraction = (path.positions - path.positions[0]) / (path.positions[-1] - path.positions[0])
+    # the height of the straight line between the ends, below each point
     chord = (1 - fraction) * path.losses[0] + fraction * path.losses[-1]
     return float((path.losses - chord).max())
 
@@ -262,7 +266,7 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
     Raises:
         ValueError: fewer than 3 checkpoints, or none that span a plane; a parameter is missing, misshapen or NaN.
     """
-    given, names = list(checkpoints), list(_trainable(model))
+    given, names = list(checkpoints), list(trainable(model))
     if len(given) < 3:
         raise ValueError(f"a plane needs at least 3 checkpoints, got {len(given)}")
     checkpoints = [checked_tensors(f"checkpoint {i}", checkpoint, model, names) for i, checkpoint in enumerate(given)]
@@ -271,17 +275,20 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
         stacked = torch.stack([checkpoint[name].detach().double().flatten() for checkpoint in checkpoints])
         return stacked - stacked[-1]
 
+    # D is (T, P) with P in the millions and T a few: all is found from the (T, T) matrix DDᵀ, layer by layer
     length = len(checkpoints)
     gram = torch.zeros(length, length, dtype=torch.float64)
     for name in names:
         gram += (difference := differences(name)).mm(difference.T).cpu()
     centring = torch.eye(length, dtype=torch.float64) - 1 / length
+    # H DDᵀ H of the centred HD = U S Vᵀ has the eigenvectors U and the eigenvalues S²; eigh gives the smallest first
     eigenvalues, eigenvectors = torch.linalg.eigh(centring @ gram @ centring)
     variances, components = eigenvalues.flip(0)[:2], eigenvectors.flip(1)[:, :2]
     if not variances[1] > 1e-14 * variances[0]:
         raise ValueError("the checkpoints lie on a line (or are all equal) and span no plane; use interpolate instead")
-    weights = centring @ components / variances.sqrt()
-    coordinates = gram @ weights
+    weights = centring @ components / variances.sqrt()  # V = Dᵀ H U S⁻¹ = Dᵀ · weights, never formed as a whole
+    coordinates = gram @ weights  # D V: each θ_t − θ_T along the directions, so that the last checkpoint is at 0
+    # an eigenvector has no sign of its own: the point farthest along an axis lies on its positive side
     signs = coordinates.gather(0, coordinates.abs().argmax(0, keepdim=True)).sign()
     coordinates, weights = coordinates * signs, weights * signs
     first, second = {}, {}
@@ -296,7 +303,7 @@ def trajectory(model: nn.Module, checkpoints: Sequence[Direction]) -> Trajectory
 def _losses(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Iterable[Batch],
+    data: Data,
     origin: Direction | None,
     directions: Sequence[Direction],
     coefficients: np.ndarray,
@@ -315,8 +322,9 @@ def _losses(
     ]
     with evaluation(model, loss, batch_statistics=batchnorm == "train"), plain_kernels(model), torch.no_grad():
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        start = {name: origin.get(name, tensor).detach().to(tensor) for name, tensor in tensors.items()}
+        start = {name: origin.get(name, tensor).detach().to(tensor) for name, tensor in tensors.items()}  # θ₀
         checked_tensors("the model", start, model)
+        # the K directions of each tensor, (K, *shape), zero where a direction lacks it; what none moves is left out
         slopes = {
             name: torch.stack([d[name].to(tensor) if name in d else torch.zeros_like(tensor) for d in directions])
             for name, tensor in start.items()
@@ -340,6 +348,7 @@ def _losses(
             return total / sum(len(x) for x, _ in batches)
 
         def moved_by(rows: Tensor) -> dict[str, Tensor]:
+            # θ₀ + Σ_k c_k d_k, of one point c (K,) or of several at once (n, K)
             return {name: start[name] + torch.tensordot(rows.to(d), d, dims=1) for name, d in slopes.items()}
 
         chunk_size = chunk_size or _chunk_size(start, batches)
@@ -382,6 +391,7 @@ def _running_statistics(model: nn.Module, values: dict[str, Tensor], batches: li
 
     hooks = [record(name, norm) for name, norm in norms.items()]
     try:
+        # in train mode a layer normalises by its batch, so that the layers above see what they would in training
         for norm in norms.values():
             norm.training = True
         for x, _ in batches:
@@ -403,13 +413,6 @@ def _chunk_size(tensors: dict[str, Tensor], batches: list[Batch]) -> int:
     inputs = max(x.numel() for x, _ in batches)
     budget = 2**20 if batches[0][0].device.type == "cpu" else 2**24
     return min(max(budget // max(weights, inputs), 1), 256)
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
-    return parameters
 
 
 def _axis(name: str, values: ArrayLike | None) -> np.ndarray:

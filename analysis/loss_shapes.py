@@ -219,8 +219,20 @@ def plot_loss_curves(
         norm = mpl.colors.Normalize(frame["step"].min(), frame["step"].max())
         cmap = sns.color_palette(palette or "flare", as_cmap=True)
         for (target, curves), line in zip(frame.groupby("target"), itertools.cycle(["-", "--", ":", "-."])):
-            options = {"hue": "step", "hue_norm": norm, "palette": cmap, "units": "step", "estimator": None}
-            sns.lineplot(curves, x="prediction", y=y, linestyle=line, linewidth=1.2, legend=False, ax=ax, **options)
+            sns.lineplot(
+                curves,
+                x="prediction",
+                y=y,
+                hue="step",
+                hue_norm=norm,
+                palette=cmap,
+                units="step",
+                estimator=None,
+                linestyle=line,
+                linewidth=1.2,
+                legend=False,
+                ax=ax,
+            )
             ax.plot([], [], color="grey", linestyle=line, label=f"{target:g}")
         if frame["target"].nunique() > 1:
             ax.legend(title="target")

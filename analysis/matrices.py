@@ -33,16 +33,18 @@ from analysis.derivatives import (
     inner,
 )
 from analysis.inputs import (
-    Batch,
+    Data,
     Loss,
     as_batches,
     call,
     check_value,
     evaluation,
+    finite_scalar,
     one_tensor,
     plain_kernels,
     replaced,
     still,
+    trainable,
 )
 
 with warnings.catch_warnings():
@@ -69,28 +71,25 @@ class Problem:
         batches: on the device of the model.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, data: Batch | Iterable[Batch]):
+    def __init__(self, model: nn.Module, loss: Loss, data: Data):
         self.model, self.loss = model, still(loss)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError("the model has no trainable parameters; set requires_grad=True on those of interest")
-        for name, parameter in trainable.items():
+        moving = trainable(model)
+        for name, parameter in moving.items():
             if not parameter.is_floating_point():
                 raise ValueError(f"curvature needs real parameters, {name!r} is {parameter.dtype}; freeze it")
-        self._low = any(parameter.dtype in LOW_PRECISION for parameter in trainable.values())
+        self._low = any(parameter.dtype in LOW_PRECISION for parameter in moving.values())
         own = dict(model.named_parameters()) | dict(model.named_buffers())
         values = {name: self._wide(tensor.detach()) for name, tensor in own.items()}
-        self.leaves = {name: values[name].requires_grad_() for name in trainable}
-        self.rest = {name: value for name, value in values.items() if name not in trainable}
-        device = next(iter(trainable.values())).device
+        self.leaves = {name: values[name].requires_grad_() for name in moving}
+        self.rest = {name: value for name, value in values.items() if name not in moving}
+        device = next(iter(moving.values())).device
         self.batches = [(self._wide(x.to(device)), self._wide(y.to(device))) for x, y in as_batches(data)]
         for position, (x, y) in enumerate(self.batches):
             with torch.no_grad():
-                value = self._first_value(x, y)
-            if value.ndim or not torch.isfinite(value):
-                raise ValueError(f"batch {position}: the loss must be a finite scalar, got {value.cpu()}")
+                finite_scalar(self._first_value(x, y), f"batch {position}: the loss")
 
     def _wide(self, tensor: Tensor) -> Tensor:
+        # second derivatives in 8 or 11 bits are noise: a model in half precision is run in float32
         return tensor.float() if self._low and tensor.dtype in LOW_PRECISION else tensor.detach()
 
     def _first_value(self, x: Tensor, y: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class Problem:
 
 
 @contextmanager
-def prepared(model: nn.Module, loss: Loss, data: Batch | Iterable[Batch], batchnorm: str) -> Iterator[Problem]:
+def prepared(model: nn.Module, loss: Loss, data: Data, batchnorm: str) -> Iterator[Problem]:
     """The problem of a model in eval mode; model and loss are left as they were."""
     check_choice("batchnorm", batchnorm, ("eval", "train"))
     with evaluation(model, loss, batch_statistics=batchnorm == "train"), plain_kernels(model):
@@ -138,6 +137,8 @@ class _Products:
     kept: tuple[Any, ...] | None = None
 
     def _graph(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        # Lanczos takes hundreds of products with one matrix: the first backward pass is the same for all of them. With
+        # several batches only one graph is in memory at a time, and each product builds it anew.
         if self.kept is None or len(self.problem.batches) > 1:
             self.kept = None
             graph = self._build(x, y)
@@ -148,11 +149,11 @@ class _Products:
 
     def _matmat_batch(self, X: Tensor, y: Tensor, M: list[Tensor]) -> list[Tensor]:
         with self.problem.open():
-            columns = [part.movedim(-1, 0) for part in M]
+            columns = [part.movedim(-1, 0) for part in M]  # curvlinops stacks vectors behind, autograd in front
             return [part.movedim(0, -1) for part in self._product(self._graph(X, y), X, columns)]
 
     def _random(self, count: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # its own, so that the check draws from nobody's random numbers
         leaves = self.problem.leaves.values()
         return [torch.randn(count, *p.shape, generator=generator, dtype=torch.float64).to(p.detach()) for p in leaves]
 
@@ -166,10 +167,10 @@ class _Products:
 class _Hessian(_Products, HessianLinearOperator):
     def _build(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         value, leaves = self.problem.value(x, y), list(self.problem.leaves.values())
-        return (backward([value], leaves, [torch.ones_like(value)], graph=True),)
+        return (backward([value], leaves, [torch.ones_like(value)], graph=True),)  # ∇L, with its graph
 
     def _product(self, graph: tuple[Any, ...], x: Tensor, columns: list[Tensor]) -> list[Tensor]:
-        return backward_columns(graph[0], list(self.problem.leaves.values()), columns)
+        return backward_columns(graph[0], list(self.problem.leaves.values()), columns)  # ∇⟨∇L, v⟩ = ∇²L v
 
     def check(self, x: Tensor, y: Tensor) -> None:
         """Raise ``NotImplementedError`` unless ⟨v, Hw⟩ = ⟨w, Hv⟩."""
@@ -179,6 +180,7 @@ class _Hessian(_Products, HessianLinearOperator):
         v, w = ([column[k] for column in columns] for k in (0, 1))
         hv, hw = ([product[k].detach() for product in products] for k in (0, 1))
         first, second = inner(v, hw), inner(w, hv)
+        # the size of the terms, ‖v‖ ‖Hw‖ + ‖w‖ ‖Hv‖: the two numbers themselves may be almost zero
         scale = (inner(v, v) * inner(hw, hw)).sqrt() + (inner(w, w) * inner(hv, hv)).sqrt()
         check_equal(first, second, scale, hv[0], NOT_SYMMETRIC)
 
@@ -188,24 +190,27 @@ class _GaussNewton(_Products, GGNLinearOperator):
 
     def _build(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         leaves = list(self.problem.leaves.values())
+        # Two graphs that meet at f, the model's and the loss's: the model's own curvature has no part in Jᵀ (∇²_f ℓ) J.
         prediction = one_tensor(self.problem.model(x.clone()))
         leaf = prediction.detach().requires_grad_()
         value = check_value(self.problem.loss(leaf, y))
-        (slope,) = backward([value], [leaf], [torch.ones_like(value)], graph=True)
+        (slope,) = backward([value], [leaf], [torch.ones_like(value)], graph=True)  # ∇_f ℓ, differentiable along f
+        # Any s will do for J w = ∇_s ⟨Jᵀs, w⟩; ∇_f ℓ has the right shape and size for the check.
         cotangent = slope.detach().requires_grad_()
-        pulled = backward([prediction], leaves, [cotangent], graph=True)
+        pulled = backward([prediction], leaves, [cotangent], graph=True)  # Jᵀs
         return prediction, leaf, slope, cotangent, pulled
 
     def _parts(self, graph: tuple[Any, ...], x: Tensor, columns: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """J v, (∇²_f ℓ) J v and Jᵀ (∇²_f ℓ) J v."""
         prediction, leaf, slope, cotangent, pulled = graph
-        moved = self._tangents(pulled, cotangent, x, columns)
-        (bent,) = backward_columns([slope], [leaf], [moved])
+        moved = self._tangents(pulled, cotangent, x, columns)  # J v
+        (bent,) = backward_columns([slope], [leaf], [moved])  # (∇²_f ℓ) J v = ∇_f ⟨∇_f ℓ, J v⟩
+        # Jᵀ of that, by a plain backward pass
         return moved, bent, backward_columns([prediction], list(self.problem.leaves.values()), [bent])
 
     def _tangents(self, pulled: list[Tensor], cotangent: Tensor, x: Tensor, columns: list[Tensor]) -> Tensor:
         if not self.forward_mode:
-            return backward_columns(pulled, [cotangent], columns)[0]
+            return backward_columns(pulled, [cotangent], columns)[0]  # ∇_s ⟨Jᵀs, v⟩ = J v
         names = list(self.problem.leaves)
         values = {name: leaf.detach() for name, leaf in self.problem.leaves.items()}
 
@@ -235,13 +240,14 @@ class _GaussNewton(_Products, GGNLinearOperator):
                 self.forward_mode = True
                 moved, bent, product = self._parts(graph, x, columns)
         w = [column[0] for column in columns]
-        check_adjoint([g.detach() for g in graph[4]], w, graph[3].detach(), moved[0])
+        check_adjoint([g.detach() for g in graph[4]], w, graph[3].detach(), moved[0])  # ⟨Jᵀs, w⟩ = ⟨s, J w⟩
+        # the same of the last factor, with s = (∇²_f ℓ) J w
         check_adjoint([part[0] for part in product], w, bent[0], moved[0])
 
 
 @contextmanager
 def operator(
-    model: nn.Module, loss: Loss, data: Batch | Iterable[Batch], matrix: str, batchnorm: str, seed: int
+    model: nn.Module, loss: Loss, data: Data, matrix: str, batchnorm: str, seed: int
 ) -> Iterator[tuple[_Hessian | _GaussNewton, dict[str, Tensor]]]:
     """The linear operator of a matrix, and the parameters it is over; torch's random state is seeded meanwhile.
 

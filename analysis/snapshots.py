@@ -78,14 +78,17 @@ class Snapshot:
     def restore(self) -> None:
         """Put back every reference, and the values if they were noted. What has not changed is not touched."""
         for container, content in self._contents:
+            # compared by identity, for == of tensors is a tensor; dictionaries in order, which is that of the layers
             if _identities(container) != _identities(content):
                 container.clear()
                 container.extend(content) if isinstance(container, list | deque) else container.update(content)
         for module, mode in self._modes:
             module.training = mode
         for tensor, value, data, requires_grad, grad in self._values:
+            # model.double() or .to(device) swaps what a tensor holds and keeps the tensor: put back the old storage
             if (tensor.dtype, tensor.shape, tensor.device) != (value.dtype, value.shape, value.device):
                 tensor.data = data
+            # only where needed: a copy raises the tensor's version, and graphs that wait for a backward pass would fail
             if not _same_values(tensor, value):
                 with torch.no_grad():
                     tensor.copy_(value)

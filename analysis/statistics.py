@@ -148,13 +148,12 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, seed: int 
     a, b = _pair(a, b)
     difference = _difference(a, b)
     low, high = bootstrap_interval(difference, confidence=confidence, seed=seed)
-    if not difference.any():
-        t, t_pvalue, wilcoxon, wilcoxon_pvalue = 0.0, 1.0, 0.0, 1.0
-    else:
+    ranks = signed_ranks(a, b)
+    t, t_pvalue = 0.0, 1.0
+    if difference.any():
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # equal differences: t is infinite, as documented
             t, t_pvalue = stats.ttest_1samp(difference, 0.0)
-            wilcoxon, wilcoxon_pvalue = stats.wilcoxon(without_rounding(a, b))
     return PairedTest(
         n=len(a),
         difference=float(difference.mean()),
@@ -163,9 +162,32 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, seed: int 
         d_z=cohens_d(a, b, paired=True),
         t=float(t),
         t_pvalue=float(t_pvalue),
-        wilcoxon=float(wilcoxon),
-        wilcoxon_pvalue=float(wilcoxon_pvalue),
+        wilcoxon=ranks.statistic,
+        wilcoxon_pvalue=ranks.pvalue,
     )
+
+
+class SignedRanks(NamedTuple):
+    """Wilcoxon's signed-rank test of a − b, see :func:`signed_ranks`."""
+
+    statistic: float
+    """The smaller of the two rank sums."""
+    pvalue: float
+    """Two-sided."""
+    balance: float
+    """The sum of the ranks where a is higher minus that where it is lower: the side on which the test finds a."""
+
+
+def signed_ranks(a: np.ndarray, b: np.ndarray) -> SignedRanks:
+    """Wilcoxon's signed-rank test of the pairs (a, b), (n,) each and checked; two equal samples give p = 1."""
+    difference = without_rounding(a, b)
+    if not difference.any():
+        return SignedRanks(0.0, 1.0, 0.0)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # small samples with ties: scipy's choice of method, as documented
+        found = stats.wilcoxon(difference)
+    balance = np.sign(difference) @ stats.rankdata(np.abs(difference))
+    return SignedRanks(float(found.statistic), float(found.pvalue), float(balance))
 
 
 def without_rounding(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.inputs import require_columns
-from analysis.statistics import check_runs, holm, paired_test, summarise, without_rounding
+from analysis.statistics import check_runs, holm, signed_ranks, summarise
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,9 @@ def _arrows(group: pd.DataFrame, reference: str, value: str, confidence: float) 
     if reference not in errors:
         return {}
     pairs = {m: errors[[m, reference]].dropna().to_numpy().T for m in errors if m != reference}
-    pairs = {m: pair for m, pair in pairs.items() if len(pair[0]) > 1}
-    adjusted = dict(zip(pairs, holm([paired_test(*pair).wilcoxon_pvalue for pair in pairs.values()]), strict=True))
-    differences = {m: without_rounding(a, b) for m, (a, b) in pairs.items()}
-    ranks = {m: np.sign(d) @ stats.rankdata(np.abs(d)) for m, d in differences.items()}  # on which side the test is
-    return {m: "lower" if ranks[m] < 0 else "higher" for m in ranks if adjusted[m] < 1 - confidence}
+    tests = {m: signed_ranks(*pair) for m, pair in pairs.items() if len(pair[0]) > 1}
+    adjusted = dict(zip(tests, holm([test.pvalue for test in tests.values()]), strict=True))
+    return {m: "lower" if tests[m].balance < 0 else "higher" for m in tests if adjusted[m] < 1 - confidence}
 
 
 def _cell(row: tuple, style: _Format) -> str:

@@ -1,6 +1,7 @@
 """Attributions against their axioms, linear models, and computations by hand with autograd, in float64."""
 
 import doctest
+from functools import partial
 
 import matplotlib
 
@@ -180,7 +181,7 @@ def test_grad_cam_by_hand(relu):
 @pytest.mark.parametrize("window, stride", [(1, 1), (3, 2), (8, 1)])
 def test_occlusion_by_hand(window, stride):
     model, x, b = convnet(), images(), images(seed=5)
-    result = occlusion(model, x, window, stride, target=1, baseline=b)
+    result = occlusion(model, x, target=1, baseline=b, window=window, stride=stride)
     total, count = torch.zeros_like(x), torch.zeros_like(x)
     starts = range(0, 8 - window + stride, stride)
     with torch.no_grad():
@@ -234,8 +235,8 @@ def test_a_model_agrees_with_itself_more_than_with_one_of_permuted_inputs(method
     model, permuted, x = mlp(), mlp(), table(20)
     with torch.no_grad():
         permuted[0].weight.copy_(permuted[0].weight.roll(2, 1))
-    own = compare_attributions(model, model, x, method, **options)
-    other = compare_attributions(model, permuted, x, method, **options)
+    own = compare_attributions(model, model, x, partial(method, **options))
+    other = compare_attributions(model, permuted, x, partial(method, **options))
     assert own.spearman.tolist() == pytest.approx([1] * 20) and own.overlap.tolist() == [1] * 20
     assert other.spearman.mean() < 0.8 and other.overlap.mean() < 0.8
     assert other.target.tolist() == model.eval()(x).argmax(1).tolist() == own.target.tolist()
@@ -257,8 +258,8 @@ FUNCTIONS = {
     "integrated_gradients": lambda model, x: integrated_gradients(model, x, steps=4),
     "layer_integrated_gradients": lambda model, x: integrated_gradients(model, x, steps=4, layer="0"),
     "grad_cam": lambda model, x: grad_cam(model, x, "2"),
-    "occlusion": lambda model, x: occlusion(model, x, 4, 4),
-    "compare_attributions": lambda model, x: compare_attributions(model, model, x, steps=4),
+    "occlusion": lambda model, x: occlusion(model, x, window=4, stride=4),
+    "compare_attributions": lambda model, x: compare_attributions(model, model, x),
     "failing": lambda model, x: pytest.raises(ValueError, integrated_gradients, model, x, layer="9"),
 }
 
@@ -307,9 +308,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         grad_cam(convnet(), images(), "2", chunk_size=0)
     with pytest.raises(ValueError, match=r"window 9 is larger than the inputs, of size \(8, 8\)"):
-        occlusion(convnet(), images(), 9)
+        occlusion(convnet(), images(), window=9)
     with pytest.raises(ValueError, match="stride 3 is larger than window 2"):
-        occlusion(convnet(), images(), 2, 3)
+        occlusion(convnet(), images(), window=2, stride=3)
     nn.init.constant_(model[0].weight, float("nan"))
     with pytest.raises(ValueError, match="has the training diverged"):
         integrated_gradients(model, x)
@@ -372,7 +373,7 @@ def test_an_image_under_its_attribution():
 
 def test_a_bar_per_feature():
     values = torch.tensor([[1.0, -3.0, 0.0], [3.0, 1.0, 0.0], [2.0, -4.0, 0.0]])
-    ax = plot_feature_attributions(values, ["age", "rooms", "income"], plt.figure().gca(), top=2)
+    ax = plot_feature_attributions(values, plt.figure().gca(), names=["age", "rooms", "income"], top=2)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["rooms", "age"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([8 / 3, 2])
     assert ax.get_xlabel() == "Mean |attribution|"
@@ -382,6 +383,6 @@ def test_a_bar_per_feature():
         assert [bar.get_width() for bar in ax.patches] == pytest.approx([-3, 1, 0])
         assert ax.get_xlabel() == "Attribution"
     with pytest.raises(ValueError, match="2 names for 3 features"):
-        plot_feature_attributions(values, ["age", "rooms"])
+        plot_feature_attributions(values, names=["age", "rooms"])
     with pytest.raises(ValueError, match=r"got shape \(1, 2, 8, 8\)"):
         plot_feature_attributions(images(1))

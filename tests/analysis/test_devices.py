@@ -45,7 +45,7 @@ CALLS = {
     "gradient_noise_by_layer": lambda m, d: an.gradient_noise(m, ce, d, by_layer=True),
     "gradient_norms": lambda m, d: an.gradient_norms(m, ce, d),
     "implied_label_smoothing": lambda m, d: an.implied_label_smoothing(m, twice, d),
-    "influence": lambda m, d: an.influence(m, twice, d, d, ce, 0.1),
+    "influence": lambda m, d: an.influence(m, twice, ce, d, d, 0.1),
     "integrated_gradients": lambda m, d: an.integrated_gradients(m, d[0]).values,
     "interpolate": lambda m, d: an.interpolate(m, ce, d, *states(m)[:2], positions=[0, 0.5, 1]),
     "layer_integrated_gradients": lambda m, d: an.integrated_gradients(m, d[0], layer="2").values,

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from functools import partial
 
 import matplotlib
 import pytest
@@ -40,7 +41,7 @@ def recorded(model, data, loss, layer):
 CALLS = {
     "adaptive_sharpness": lambda m, d, loss, layer: an.sharpness(m, loss, d, adaptive=True),
     "compare_attributions": lambda m, d, loss, layer: an.compare_attributions(
-        m, m, d[0], method=an.integrated_gradients, layer=layer, steps=4, baseline=0, top_k=2
+        m, m, d[0], partial(an.integrated_gradients, layer=layer, steps=4, baseline=0), top_k=2
     ),
     "effective_learning_rate": lambda m, d, loss, layer: an.effective_learning_rate(m, loss, ce, d),
     "effective_learning_rate_by_layer": lambda m, d, loss, layer: an.effective_learning_rate(
@@ -52,7 +53,7 @@ CALLS = {
     "gradient_noise_by_layer": lambda m, d, loss, layer: an.gradient_noise(m, loss, d, by_layer=True),
     "gradient_norms": lambda m, d, loss, layer: an.gradient_norms(m, loss, d),
     "implied_label_smoothing": lambda m, d, loss, layer: an.implied_label_smoothing(m, loss, d),
-    "influence": lambda m, d, loss, layer: an.influence(m, loss, d, d, ce, 0.1),
+    "influence": lambda m, d, loss, layer: an.influence(m, loss, ce, d, d, 0.1),
     "integrated_gradients": lambda m, d, loss, layer: an.integrated_gradients(m, d[0], steps=4),
     "interpolate": lambda m, d, loss, layer: an.interpolate(m, loss, d, *shifted(m)[:2], positions=[0, 1]),
     "layer_integrated_gradients": lambda m, d, loss, layer: an.integrated_gradients(
@@ -213,7 +214,7 @@ def test_a_model_that_returns_a_dictionary():
     assert an.trace(model, loss, data) == an.trace(model.last, ce, data)
     assert an.sharpness(model, loss, data) == an.sharpness(model.last, ce, data)
     for call in (
-        lambda: an.influence(model, loss, data, data, loss, 0.1),
+        lambda: an.influence(model, loss, loss, data, data, 0.1),
         lambda: an.trace(model, loss, data, matrix="ggn"),
         lambda: an.predictions(model, data),
         lambda: an.logit_statistics(model, data),

@@ -79,7 +79,7 @@ def test_first_derivatives(name):
     one_by_one = torch.stack([gradient(twin, data[0][i : i + 1], data[1][i : i + 1]) for i in range(len(data[0]))])
     torch.testing.assert_close(single, one_by_one, rtol=1e-9, atol=1e-12)
     v = gradient(twin, *MODELS[name][1](seed=4))
-    scores = an.influence(model, ce, data, MODELS[name][1](seed=4), ce, 0.1).influence
+    scores = an.influence(model, ce, ce, data, MODELS[name][1](seed=4), 0.1).influence
     torch.testing.assert_close(scores, -0.1 * one_by_one @ v / len(data[0]), rtol=1e-8, atol=1e-12)
 
 
@@ -132,7 +132,7 @@ def clipped(frozen=False):
 
 
 SECOND = {
-    "influence": lambda m, d: an.influence(m, ce, d, d, ce, 0.1),
+    "influence": lambda m, d: an.influence(m, ce, ce, d, d, 0.1),
     "ggn": lambda m, d: an.trace(m, ce, d, matrix="ggn", method="exact"),
     "hessian": lambda m, d: an.trace(m, ce, d, method="exact"),
 }
@@ -157,7 +157,7 @@ def test_forward_mode_where_a_backward_pass_cannot_be_differentiated():
     top = an.top_eigenpairs(model, ce, [(data[0][:2], data[1][:2]), (data[0][2:], data[1][2:])], matrix="ggn")
     assert top.values[0] == pytest.approx(torch.linalg.eigvalsh(expected)[-1].item(), rel=1e-6)
     torch.manual_seed(3)  # the masks of both passes are the same
-    found = an.influence(model.train(), ce, data, rows(seed=1), ce, 0.1)
+    found = an.influence(model.train(), ce, ce, data, rows(seed=1), 0.1)
     torch.manual_seed(3)
     v = gradient(model, *rows(seed=1))
     torch.manual_seed(3)
@@ -262,7 +262,7 @@ def test_two_threads_find_what_one_finds():
 
     def numbers(model, data):
         return [
-            *an.influence(model, ce, data, data, ce, 0.1).influence.tolist(),
+            *an.influence(model, ce, ce, data, data, 0.1).influence.tolist(),
             an.trace(model, ce, data, products=3, repeats=2, matrix="ggn").value,
             an.per_sample_gradients(model, ce, data).norm().item(),
             *an.line(model, ce, data, positions=[0, 1]).losses,
@@ -341,7 +341,7 @@ def test_inputs_that_the_model_changes_in_place_stay():
     before = x.clone()
     for function in (an.gradient_norms, an.per_sample_gradients, an.trace, an.sharpness, an.line, an.target_gradients):
         function(model, ce, (x, y))
-    an.influence(model, ce, (x, y), (x, y), ce, 0.1)
+    an.influence(model, ce, ce, (x, y), (x, y), 0.1)
     an.predictions(model, (x, y))
     an.integrated_gradients(model, x)
     assert torch.equal(x, before)
