@@ -239,8 +239,9 @@ def prepare(
     shared = {seed: {} for seed in seeds} if shared is None else shared
     given = zip(datasets, seeds, strict=True)
     jobs = [Job(task, data, seed, how.meta_batches, device, progress) for data, seed in given]
-    new = [job for job in jobs if _key(how.loss, job) not in shared[job.seed]]
-    if isinstance(how.loss, Learned) and len(new) > 1 and how.stacks(task):
+    learned = isinstance(how.loss, Learned) and how.stacks(task)
+    new = [job for job in jobs if _key(how.loss, job) not in shared[job.seed]] if learned else []
+    if isinstance(how.loss, Learned) and len(new) > 1:
         started = time.perf_counter()
         found = how.loss.find_together(new)
         share = (time.perf_counter() - started) / len(new)
@@ -251,21 +252,29 @@ def prepare(
 
 def _prepared(how: Method, job: Job, shared: dict) -> Prepared:
     """The loss, then the rate, then the data of one job."""
-    started = time.perf_counter()
     found, seconds = _found(how.loss, job, shared)
+    started = time.perf_counter()
     loss, task, schedule = found.learned, job.task, None
     steps, chosen = found.steps, found.chosen_step
     if isinstance(how.rate, Tuned):
         task = how.rate.tune(job, loss)
-        seconds = time.perf_counter() - started
+        seconds += time.perf_counter() - started
     elif isinstance(how.rate, LearnedRate):
         (rate, steps, chosen), of_rate = _found(how.rate, job, shared)
         task, seconds = task.with_(learning_rate=rate.rates[0]), seconds + of_rate
     elif isinstance(how.rate, Replayed):
-        (replayed,) = prepare(task, [job.data], how.rate.of, [job.seed], device=job.device, shared={job.seed: shared})
+        (replayed,) = prepare(
+            task,
+            [job.data],
+            how.rate.of,
+            [job.seed],
+            device=job.device,
+            shared={job.seed: shared},
+            progress=job.progress,
+        )
         started = time.perf_counter()
         schedule = recorded_scale(replayed, how.rate.of, job.seed, device=job.device, rows=how.rate.rows)
-        seconds = replayed.seconds + time.perf_counter() - started  # also where the initialisation was shared
+        seconds += replayed.seconds + time.perf_counter() - started  # also where the initialisation was shared
     data = job.data
     if how.train_on_valid:
         data = replace(data, train=_joined(data.train, data.valid))

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,9 +59,7 @@ from adalfl_lite.learn.meta_learning import (
 from adalfl_lite.learn.online import OnlineLoss, default_task_loss
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import Loss, task_error, task_loss
-
-META_LEARNING_RATE = {"loss": 1e-3, "learning rate": 1e-2}
-"""η of Algorithms 1 and 3, where the settings have none."""
+from adalfl_lite.passes import process_random_state, restore_process_random_state
 
 DEFAULT = Initialiser()
 
@@ -102,6 +100,7 @@ def initialise(
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
     _check_validate(settings, validate)
     measured = task_loss or default_task_loss(loss_network)
+    fresh = _Fresh(make_model)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     # before the first training batch is drawn: the same batches score every rehearsal
     score = validations(meta_batches, settings, measured, task_error(loss_network.kind), validate)  # type: ignore[arg-type]
@@ -110,19 +109,17 @@ def initialise(
             name = type(loss_network).__name__
             raise TypeError(f"{name} cannot imitate the task loss; use settings=Initialiser(imitation_steps=0)")
         # of the model's output only the shape, the dtype and the device are used
-        prediction = make_model().train()(next(train_batches)[0])
+        prediction = fresh().train()(next(train_batches)[0])
         imitate(loss_network, measured, prediction, steps=settings.imitation_steps)
-    eta = META_LEARNING_RATE["loss"] if settings.meta_learning_rate is None else settings.meta_learning_rate
     # one for all rollouts: its moments outlive the models
-    meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=eta)
-    fresh = _Fresh(make_model, make_optimizer)
+    meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=settings.rate_for("loss"))
 
     def draw() -> OnlineLoss:
-        model, optimizer = fresh()
+        model = fresh().train()
         return OnlineLoss(
             model,
             loss_network,
-            optimizer,
+            make_optimizer(model.parameters()),
             meta_optimizer=meta_optimizer,
             task_loss=measured,
             clip_gradient_norm=settings.clip_gradient_norm,
@@ -133,7 +130,7 @@ def initialise(
     def rehearse() -> tuple[float, float]:
         frozen: Any = _frozen(loss_network)
         steps, clipping = settings.rehearsal_steps, settings.clipping
-        return rehearsal(frozen, make_model, make_optimizer, train_batches, steps, score, clipping)
+        return rehearsal(frozen, fresh, make_optimizer, train_batches, steps, score, clipping)
 
     subject = _One(Member(settings.rollout_steps), loss_network, draw, rehearse, train_batches, meta_batches)
     look = None if callback is None else (lambda step: callback(step, loss_network))
@@ -163,19 +160,18 @@ def initialise_learning_rate(
     """
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
     _check_validate(settings, validate)
-    loss = task_loss(kind)
+    check_used("on a learning rate", engine=(settings.engine, "forward"))
+    loss, fresh = task_loss(kind), _Fresh(make_model)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     score = validations(meta_batches, settings, loss, task_error(kind), validate)
-    eta = META_LEARNING_RATE["learning rate"] if settings.meta_learning_rate is None else settings.meta_learning_rate
-    meta_optimizer = torch.optim.Adam(learning_rate.parameters(), lr=eta)
-    fresh = _Fresh(make_model, make_optimizer)
+    meta_optimizer = torch.optim.Adam(learning_rate.parameters(), lr=settings.rate_for("learning rate"))
 
     def draw() -> OnlineLearningRate:
-        model, optimizer = fresh()
+        model = fresh().train()
         return OnlineLearningRate(
             model,
             loss,
-            optimizer,
+            make_optimizer(model.parameters()),
             learning_rate=learning_rate,
             meta_optimizer=meta_optimizer,
             clip_gradient_norm=settings.clip_gradient_norm,
@@ -186,7 +182,7 @@ def initialise_learning_rate(
         def rated(parameters: Iterable[Tensor]) -> Optimizer:
             return learning_rate.give_to(make_optimizer(parameters))
 
-        return rehearsal(loss, make_model, rated, train_batches, settings.rehearsal_steps, score, settings.clipping)
+        return rehearsal(loss, fresh, rated, train_batches, settings.rehearsal_steps, score, settings.clipping)
 
     subject = _One(Member(settings.rollout_steps), learning_rate, draw, rehearse, train_batches, meta_batches)
     (outcome,) = meta_learn(subject, settings, rehearse_first=True, progress=progress)
@@ -243,7 +239,8 @@ def initialise_seeds(
     loss, error = task_loss(networks[0].kind), task_error(networks[0].kind)
     given: Sequence[Validate | None] = [None] * len(seeds) if validate is None else validate
     scores = [validations(b, settings, loss, error, one) for b, one in zip(meta_batches, given, strict=True)]
-    subject = _Many(members, networks, make_model, make_optimizer, train_batches, meta_batches, scores, settings)
+    fresh = _Fresh(make_model, kept=len(members))
+    subject = _Many(members, networks, fresh, make_optimizer, train_batches, meta_batches, scores, settings)
     outcomes = meta_learn(subject, settings, rehearse_first=settings.imitation_steps > 0, progress=progress)
     subject.loss.write_back()
     return networks, outcomes
@@ -262,20 +259,26 @@ def _frozen(loss_network: nn.Module) -> nn.Module:
     return copy.deepcopy(loss_network).requires_grad_(False)
 
 
-@dataclass
 class _Fresh:
-    """A base model in train mode and its optimizer; another model at every call."""
+    """``make_model``, which is refused if it returns a model again: one of the last ``kept``.
 
-    make_model: MakeModel
-    make_optimizer: MakeOptimizer
-    last: nn.Module | None = None
+    One is drawn at once and left alone, and the random state put back: so the first that is wanted is refused already,
+    before anything was learned with it.
+    """
 
-    def __call__(self) -> tuple[nn.Module, Optimizer]:
-        model = self.make_model().train()
-        if model is self.last:
+    def __init__(self, make_model: MakeModel, kept: int = 1):
+        self.make_model = make_model
+        random = process_random_state()
+        self.last = deque([make_model()], maxlen=kept)
+        restore_process_random_state(random)
+
+    def __call__(self) -> nn.Module:
+        model = self.make_model()
+        # by identity: of the same numbers there may be many
+        if any(model is one for one in self.last):
             raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
-        self.last = model
-        return model, self.make_optimizer(model.parameters())
+        self.last.append(model)
+        return model
 
 
 class _One:
@@ -329,7 +332,7 @@ class _Many:
         self,
         members: Sequence[Member],
         networks: list[LossNetwork],
-        make_model: MakeModel,
+        fresh: _Fresh,
         make_optimizer: MakeOptimizer,
         train_batches: Sequence[Iterator[Batch]],
         meta_batches: Sequence[Iterator[Batch]],
@@ -337,12 +340,12 @@ class _Many:
         settings: Initialiser,
     ):
         self.members, self.networks, self.kind = members, networks, networks[0].kind
-        self.make_model, self.make_optimizer = make_model, make_optimizer
+        self.fresh, self.make_optimizer = fresh, make_optimizer
         self.train_batches, self.meta_batches = train_batches, meta_batches
         self.scores, self.rehearsal_steps = scores, settings.rehearsal_steps
         if settings.imitation_steps:
             # every member draws a model, as it would alone, though one shape serves all
-            prediction = [m.draw(make_model) for m in members][0](_stacked(train_batches)[0][0])
+            prediction = [m.draw(fresh) for m in members][0](_stacked(train_batches)[0][0])
         # after the draw above, and before the imitation, which changes φ in the stack
         self.loss = StackedLoss(networks)
         if settings.imitation_steps:
@@ -352,15 +355,11 @@ class _Many:
                 return _joined(drawn)
 
             imitate_stacked(self.loss, self.kind, outputs, steps=settings.imitation_steps)
-        eta = META_LEARNING_RATE["loss"] if settings.meta_learning_rate is None else settings.meta_learning_rate
-        self.meta_optimizer = torch.optim.Adam(self.loss.parameters, lr=eta)
+        self.meta_optimizer = torch.optim.Adam(self.loss.parameters, lr=settings.rate_for("loss"))
 
-    def _fresh(self) -> tuple[Stack, Optimizer]:
+    def _models(self) -> tuple[Stack, Optimizer]:
         """Fresh base models of all members, stacked, and their optimizer."""
-        models = [member.draw(self.make_model).train() for member in self.members]
-        # two members must not train one and the same model
-        if len({id(model) for model in models}) < len(models):
-            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
+        models = [member.draw(self.fresh).train() for member in self.members]
         for model in models:
             check_initialised(model)
         check_stackable(models, self.networks)
@@ -371,13 +370,13 @@ class _Many:
 
     def begin(self) -> None:
         """Fresh base models of all members."""
-        self.stack, self.optimizer = self._fresh()
+        self.stack, self.optimizer = self._models()
         self.engine = StackedForward(self.stack, self.loss, self.optimizer, self.kind)
 
     def restart(self, i: int, step: int) -> None:
         """A fresh base model in the place of one."""
         member = self.members[i]
-        self.stack.replace(i, member.draw(self.make_model).train())
+        self.stack.replace(i, member.draw(self.fresh).train())
         _forget(self.optimizer, i, member.seed, step)
 
     def step(self) -> list[float]:
@@ -389,7 +388,7 @@ class _Many:
 
     def rehearse(self) -> list[tuple[float, float]]:
         """(error, task loss) of a training with every φ as it is."""
-        stack, optimizer = self._fresh()
+        stack, optimizer = self._models()
         engine = StackedForward(stack, self.loss, optimizer, self.kind)
         for _ in range(self.rehearsal_steps):
             engine(_stacked(self.train_batches))

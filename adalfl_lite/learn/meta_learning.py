@@ -32,6 +32,10 @@ VALIDATION_BATCHES = 20
 """A rehearsal is scored on at most this many meta batches, drawn once, unless ``validate`` is given."""
 
 
+INITIAL_META_LEARNING_RATE = {"loss": 1e-3, "learning rate": 1e-2}
+"""η of Algorithms 1 and 3 by what is learned, where the settings have none."""
+
+
 @dataclass(frozen=True)
 class Initialiser:
     """How Algorithm 1 is run, or Algorithm 3; what is not said is our recommendation.
@@ -43,7 +47,7 @@ class Initialiser:
     steps: int = 2500
     """S_init, the number of meta steps."""
     meta_learning_rate: float | None = None
-    """η of the Adam that updates what is learned; None: :data:`META_LEARNING_RATE` of it."""
+    """η of the Adam that updates what is learned; None: :data:`INITIAL_META_LEARNING_RATE` of it."""
     imitation_steps: int = 800
     """Steps of :func:`~adalfl_lite.learn.imitation.imitate` before the first meta step; 0 starts from φ as it is."""
     rollout_steps: int = 20
@@ -87,6 +91,10 @@ class Initialiser:
     def clipping(self) -> Clipping:
         """Of the base steps' gradient."""
         return Clipping(self.clip_gradient_norm, self.clip_gradient_value)
+
+    def rate_for(self, learned: str) -> float:
+        """η, where what is learned is a "loss" or a "learning rate"."""
+        return INITIAL_META_LEARNING_RATE[learned] if self.meta_learning_rate is None else self.meta_learning_rate
 
     @property
     def not_for_a_stack(self) -> str:

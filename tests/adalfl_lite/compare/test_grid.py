@@ -684,6 +684,60 @@ def test_methods_of_your_own_can_be_compared_and_are_told_apart_where_they_were_
         compared([DIABETES], mine, [0])
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.Method(TaskLoss(), "mine", online=True), "online=True has nothing to adapt; give a loss"),
+        (lambda: methods.Method(recipes.Newton(), "mine", Tuned(), online=True), "online=True has nothing to adapt"),
+        (lambda: methods.Method(Learned(), "mine", meta_batches="test"), "must be 'valid' or 'train', got 'test'"),
+        (lambda: methods.Method(Learned(), "mine", meta_batches="next"), "must be 'valid' or 'train', got 'next'"),
+    ],
+)
+def test_a_method_that_would_do_nothing_or_look_at_the_test_split_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_methods_without_a_name_are_refused():
+    with pytest.raises(TypeError, match="methods must be names, or methods of your own by name, such as"):
+        compared([IRIS], [METHODS["online"]], [0])
+
+
+@pytest.mark.parametrize("changes", [{"clip_gradient_norm": 1.0}, {"engine": "finite-difference"}])
+def test_an_initialisation_that_no_stack_has_is_run_seed_by_seed(changes):
+    short_one = short(METHODS["offline"])
+    mine = replace(short_one, loss=replace(short_one.loss, settings=short_one.loss.settings.with_(**changes)))
+    assert short_one.stacks(IRIS) and not mine.stacks(IRIS)
+    found = [compared([IRIS], {"mine": mine}, [0, 1], together=together) for together in (True, False)]
+    assert set(found[0].seeds_together) == {1}
+    same(*found)
+
+
+def test_a_loss_of_your_own_needs_no_hash():
+    @dataclass  # with == and so without a hash
+    class Smoothed:
+        epsilon: float = 0.1
+
+        def __call__(self, prediction, target):
+            return torch.nn.functional.cross_entropy(prediction, target, label_smoothing=self.epsilon)
+
+    mine = methods.Method(recipes.Given(Smoothed(), ("classification",)), "smoothed")
+    named = compared([IRIS], ["label-smoothing"], [0])
+    assert compared([IRIS], {"mine": mine}, [0]).test_loss.tolist() == named.test_loss.tolist()
+
+
+def test_tuning_the_rate_of_a_learned_loss_costs_what_the_loss_cost_too():
+    """Also where another method has learned that loss before."""
+    loss, shared = short(METHODS["offline"]).loss, {0: {}}
+    seconds = []
+    for _ in range(2):
+        mine = methods.Method(loss, "mine", Tuned((1.0,)))
+        (prepared,) = methods.prepare(IRIS, [IRIS.load(seed=0)], mine, [0], shared=shared)
+        seconds.append(prepared.seconds)
+    ((_, learned),) = shared[0].values()
+    assert min(seconds) > learned > 0
+
+
 def test_a_task_of_your_own_can_be_compared():
     task = Task("my wine", "wine", "linear", steps=10, batch_size=20)
     found = compared([task], ["handcrafted"], [0, 1])
@@ -720,12 +774,6 @@ def test_the_stored_results_come_out_again(full_length):
         assert low <= found.mean() <= high, f"{method}: {found.tolist()}, stored {errors[found.index].tolist()}"
         if method == "handcrafted":  # no chaos there but that of rounding: two of 360 rows
             assert (found - errors[found.index]).abs().max() <= 2 / 359
-
-
-def test_a_method_never_learns_from_the_test_split():
-    for meta_batches in ("test", "next"):
-        with pytest.raises(ValueError, match="meta_batches must be 'valid' or 'train'"):
-            replace(METHODS["online"], meta_batches=meta_batches)
 
 
 def test_settings_that_a_stack_has_not_are_kept_by_running_one_by_one():

@@ -11,9 +11,10 @@ from torch import nn
 
 from adalfl_lite import Initialiser
 from adalfl_lite.learn.imitation import imitate
+from adalfl_lite.learn.learning_rate import LearningRate
 from adalfl_lite.learn.meta_learning import endless
 from adalfl_lite.losses.network import LossNetwork
-from tests.shorthand import initialise
+from tests.shorthand import initialise, initialise_learning_rate
 
 
 def batches_of(kind, count, rows=16, seed=0, dtype=torch.float32):
@@ -99,7 +100,8 @@ def test_a_rollout_keeps_model_and_optimizer_for_its_steps():
     batches = batches_of("classification", 5)
     options = {"make_optimizer": make_optimizer, "steps": 10, "rollout_steps": 4, "rehearsals": 0, "imitation_steps": 0}
     initialise(LossNetwork.classification(), draw, batches, batches, **options)
-    assert [int(model[1].num_batches_tracked) for model in drawn] == [4, 4, 2]  # and so was set to train mode
+    # the first is drawn on trial and left alone; the others were set to train mode
+    assert [int(model[1].num_batches_tracked) for model in drawn] == [0, 4, 4, 2]
     assert len(optimizers) == 3
     assert all("momentum_buffer" in optimizer.state[next(iter(optimizer.state))] for optimizer in optimizers)
 
@@ -257,10 +259,10 @@ def test_a_diverging_rollout_is_abandoned_and_another_model_drawn():
     network = LossNetwork.regression(generator=torch.Generator().manual_seed(0))
     phi = weights(network)
     calm = initialise(network, draw, batches, batches, **options)
-    assert (calm.abandoned_rollouts, draws, calm.steps) == (0, 1, 30)
+    assert (calm.abandoned_rollouts, draws, calm.steps) == (0, 1 + 1, 30)  # one of them on trial
     draws, wild_batches = 0, [*batches[:2], tuple(1e7 * t for t in batches[2])]  # every third step throws θ far away
     wild = initialise(network, draw, wild_batches, batches, **options)
-    assert (wild.abandoned_rollouts, draws, wild.steps) == (10, 10, 30)
+    assert (wild.abandoned_rollouts, draws, wild.steps) == (10, 10 + 1, 30)
     assert torch.equal(weights(network), phi)
 
 
@@ -332,6 +334,47 @@ def test_arguments_out_of_range_are_refused_and_phi_is_untouched(options, messag
     with pytest.raises(ValueError, match=message):
         initialise(network, make_model, batches, batches, make_optimizer=sgd(), **options)
     assert torch.equal(weights(network), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"imitation_steps": 0}, {"imitation_steps": 0, "rehearsals": 0}])
+@pytest.mark.parametrize("what", ["loss", "learning rate"])
+def test_the_same_model_again_is_refused_before_anything_is_learned(what, settings):
+    """Even where one rollout is all, and so no second model would be drawn."""
+    model, batches = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval(), batches_of("classification", 2)
+    learned = LossNetwork.classification() if what == "loss" else LearningRate([0.1])
+    before = copy.deepcopy((model.state_dict(), learned.state_dict()))
+    few = {"steps": 5, "rollout_steps": 20, "rehearsal_steps": 2, "make_optimizer": sgd(), **settings}
+    with pytest.raises(ValueError, match="make_model returned the same model again; it must build a fresh one"):
+        if what == "loss":
+            initialise(learned, lambda: model, batches, batches, **few)
+        else:
+            initialise_learning_rate(learned, lambda: model, batches, batches, kind="classification", **few)
+    assert not model.training and model[0].weight.grad is None
+    for now, then in zip((model, learned), before, strict=True):
+        assert all(torch.equal(tensor, then[name]) for name, tensor in now.state_dict().items())
+
+
+def test_the_model_that_is_drawn_on_trial_takes_no_random_numbers_from_the_others():
+    drawn = []
+
+    def draw():
+        drawn.append(make_model())
+        return drawn[-1]
+
+    torch.manual_seed(3)
+    expected = make_model().weight
+    options = {"steps": 1, "rehearsals": 0, "imitation_steps": 0, "make_optimizer": sgd(lr=0.0)}
+    network, batches = LossNetwork.classification(), batches_of("classification", 2)
+    torch.manual_seed(3)
+    initialise(network, draw, batches, batches, **options)
+    assert len(drawn) == 2 and all(torch.equal(model.weight, expected) for model in drawn)
+
+
+def test_a_learning_rate_has_one_engine():
+    batches = batches_of("classification", 2)
+    with pytest.raises(ValueError, match="engine='unrolled' has no effect on a learning rate; leave it out"):
+        options = {"make_optimizer": sgd(), "kind": "classification", "engine": "unrolled"}
+        initialise_learning_rate(LearningRate([0.1]), make_model, batches, batches, **options)
 
 
 @pytest.mark.parametrize("empty", ["train", "valid"])

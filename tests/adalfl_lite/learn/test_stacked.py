@@ -374,6 +374,14 @@ def test_what_cannot_be_initialised_together_is_refused():
     same = mlp().double()
     with pytest.raises(ValueError, match="make_model returned the same model again"):
         initialise_seeds(LossNetwork.classification, lambda: same, train, valid, **{**options, "imitation_steps": 0})
+    alone = {**options, "seeds": SEEDS[:1], "imitation_steps": 0}
+    before = same[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="make_model returned the same model again"):
+        initialise_seeds(LossNetwork.classification, lambda: same, train[:1], valid[:1], **alone)
+    assert torch.equal(same[0].weight, before)
+    for setting, shown in (({"clip_gradient_norm": 1.0}, "1.0"), ({"engine": "unrolled"}, "'unrolled'")):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}={shown} is not for a stack; leave it out, or use"):
+            initialise_seeds(LossNetwork.classification, mlp, train, valid, **options, **setting)
     with pytest.raises(ValueError, match="dropout draws other numbers"):
         initialise_seeds(
             LossNetwork.classification,
