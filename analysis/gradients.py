@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -268,14 +268,15 @@ def influence(
         NotImplementedError: the model's backward pass has no derivative, and forward mode none either; or a wrong one,
             see :mod:`analysis.derivatives`.
     """
-    if callable(meta_data) and not callable(task_loss):
+    order: tuple[Any, Any, Any] = task_loss, batch, meta_data
+    if callable(order[2]) and not callable(order[0]):
         warnings.warn(
             "the arguments of influence are now (model, loss, task_loss, batch, meta_data, learning_rate); the order "
             "with task_loss after the data will go",
             DeprecationWarning,
             stacklevel=2,
         )
-        task_loss, batch, meta_data = meta_data, task_loss, batch
+        batch, meta_data, task_loss = order
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     (v,) = mean_gradients(model, [task_loss], meta_data, meta_state)  # ∇L_T, at θ' if it is given
