@@ -311,7 +311,7 @@ def use_fit(models, **options):
 
 
 def use_initialise(models):
-    drawn = iter(models)
+    drawn = iter([tied(9), *models])  # the first is only compared with the next
     batches = [(x.float(), y) for x, y in (batch(i) for i in range(3))]
     options = {"steps": 2, "imitation_steps": 0, "rollout_steps": 1, "rehearsals": 0}
     make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)
