@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}; {hint}known {plural}: {', '.join(known)}")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether this is an int, of Python's or another kind, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_counts(**counts: int | tuple[int, int]) -> None:
     """Raise ``ValueError`` naming what is no whole number of at least 1, or of ``least`` for a pair (count, least)."""
     for name, count in counts.items():
         value, least = count if isinstance(count, tuple) else (count, 1)
-        if value != int(value):
-            raise ValueError(f"{name} must be a whole number, got {value}")
+        if not is_whole(value):
+            raise ValueError(f"{name} must be a whole number, got {value!r}; give an int, such as {max(least, 1)}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
@@ -87,6 +93,13 @@ def check_targets(targets: Tensor, name: str = "targets", classes: int | None = 
     if targets.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 class indices, got {targets.dtype}: use .long()")
     _check_labels(name, targets, classes)
+
+
+def check_functions(**functions: Any) -> None:
+    """Raise ``TypeError`` unless each can be called, or is None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}; leave it out, or give a lambda")
 
 
 def check_factories(**factories: Any) -> None:

@@ -410,7 +410,7 @@ def _usable(device: str, out: Path) -> None:
     """End the program unless tensors can be made on ``device`` and files in ``out``."""
     _checked(out.mkdir, parents=True, exist_ok=True)
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).tolist()  # "meta" makes tensors, without anything in them
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         _fail(f"cannot train on device {device!r}: {str(error).splitlines()[0]}")
 

@@ -384,10 +384,17 @@ def _quietly(function: Callable, *arguments: Any) -> None:
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Run a block with the modules in eval mode; every layer's own mode is put back."""
-    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
-    try:
+    with kept_modes(*modules):
         for module in modules:
             module.eval()
+        yield
+
+
+@contextmanager
+def kept_modes(*modules: nn.Module) -> Iterator[None]:
+    """Run a block that may switch the modules to train or eval mode; every layer's own mode is put back."""
+    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
+    try:
         yield
     finally:
         for layer, training in modes:

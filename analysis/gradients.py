@@ -26,6 +26,7 @@ from analysis.inputs import (
     Loss,
     State,
     call,
+    check_model,
     check_value,
     flat,
     layers,
@@ -61,6 +62,9 @@ def mean_gradients(model: nn.Module, losses: Sequence[Loss], data: Data, state: 
             requires a gradient.
         NotImplementedError: a part of the model runs under reentrant checkpointing.
     """
+    if callable(losses):
+        raise TypeError(f"losses must be a list of losses, got one {type(losses).__name__}; give [loss]")
+    check_model(model)
     with preserved(model, *losses), plain_kernels(model, order=1), torch.enable_grad():
         parameters, rest = split_state(model, state)
         leaves = {name: parameter.requires_grad_() for name, parameter in parameters.items()}

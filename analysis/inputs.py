@@ -48,6 +48,14 @@ LOCK = threading.RLock()
 """Held while a diagnostic runs a model."""
 
 
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless this is a module, as where the loss comes before it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}; the order is model, losses, data"
+        )
+
+
 @contextmanager
 def preserved(*owners: Callable, training: bool | None = None) -> Iterator[None]:
     """Run a block and put a model and losses back exactly, also after an error.
@@ -64,6 +72,8 @@ def preserved(*owners: Callable, training: bool | None = None) -> Iterator[None]
     """
     if wrong := [type(owner).__name__ for owner in owners if not callable(owner)]:
         raise TypeError(f"a model and a loss must be callable, got {wrong[0]}; the order is model, losses, data")
+    if training is not None:
+        check_model(owners[0])
     with LOCK:
         found = [Snapshot(module, values=True) for owner in owners for module in modules_behind(owner)]
         devices = _gpus(tensor for one in found for tensor in one.tensors)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -27,10 +27,11 @@ import joblib
 import pandas as pd
 from tqdm import tqdm
 
-from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies, get_method, prepare, train
+from adalfl_lite.checks import is_whole
+from adalfl_lite.compare.methods import MAIN_METHODS, Method, check_applies, get_method, named_methods, prepare, train
 from adalfl_lite.compare.results import read_results, write_results
 from adalfl_lite.compare.tasks import Task, get_task
-from adalfl_lite.provenance import provenance, without_addresses
+from adalfl_lite.provenance import identity, provenance, without_addresses
 from adalfl_lite.train.loop import Callback
 
 
@@ -78,13 +79,15 @@ def compare(
     names = list(methods)
     if any(not isinstance(name, str) for name in names):
         raise TypeError('methods must be names, or methods of your own by name, such as {"mine": Method(...)}')
+    if not isinstance(seeds, Iterable) or not all(map(is_whole, seeds := list(seeds))):
+        raise TypeError(f"seeds must be a list of whole numbers, got {seeds!r}; give range(10), or [0]")
     for name, values in (("tasks", [task.name for task in chosen]), ("methods", names), ("seeds", seeds)):
         if not len(values):
             raise ValueError(f"nothing to compare: {name} is empty")
         if twice := [value for i, value in enumerate(values) if value in values[:i]]:
             remedy = "; name a changed task anew, task.with_(name=...)" if name == "tasks" else ""
             raise ValueError(f"{name} hold {twice[0]!r} twice{remedy}")
-    hows = dict(methods) if isinstance(methods, Mapping) else {name: get_method(name) for name in names}
+    hows = named_methods(methods)
     for task in chosen:
         for name, method in hows.items():
             check_applies(name, task, method)
@@ -138,7 +141,14 @@ def job_path(folder: str | os.PathLike, task: str, method: str, seed: int) -> Pa
 
 
 def _settings(task: Task) -> str:
-    """As JSON, those of a subclass included."""
+    """As JSON, with the class, whose methods may be other ones, and the attributes of a subclass."""
+    found = {field.name: getattr(task, field.name) for field in fields(task)} | vars(task)
+    found.pop("name")
+    return json.dumps({**found, "class": identity(type(task))}, default=identity)
+
+
+def _former_settings(task: Task) -> str:
+    """As jobs were stored that tell nothing of the class."""
     found = {field.name: getattr(task, field.name) for field in fields(task) if field.name != "name"}
     return json.dumps(found, default=lambda value: without_addresses(repr(value)))
 
@@ -148,8 +158,9 @@ def _stored(path: Path, task: Task, method: Method) -> pd.DataFrame:
     stored, steps = read_results(path), method.steps(task)
     different: dict[str, tuple] = {} if stored.step.max() == steps else {"steps": (stored.step.max(), steps)}
     if "settings" in stored and isinstance(text := stored.settings.iloc[0], str):
-        found, wanted = json.loads(text), json.loads(_settings(task))
-        kept = [name for name in wanted if name in found or name in Task.__dataclass_fields__]
+        found = json.loads(text)
+        wanted = json.loads(_settings(task) if "class" in found else _former_settings(task))
+        kept = [name for name in wanted if name in found or name in Task.__dataclass_fields__ or "class" in found]
         different |= {name: (found.get(name), wanted[name]) for name in kept if found.get(name) != wanted[name]}
     if "recipe" in stored and isinstance(text := stored.recipe.iloc[0], str) and text != method.recipe:
         different["recipe of the method"] = (text, method.recipe)

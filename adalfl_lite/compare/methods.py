@@ -43,14 +43,17 @@ from adalfl_lite.data.dataset import Dataset, Split
 from adalfl_lite.learn.base import Learner, Plain
 from adalfl_lite.learn.learning_rate import OnlineLearningRate, implied_scale, scaled_schedule
 from adalfl_lite.learn.meta_learning import Initialiser
-from adalfl_lite.learn.online import META_LEARNING_RATE, OnlineLoss
+from adalfl_lite.learn.online import META_LEARNING_RATE, OnlineLoss, check_meta_rate
 from adalfl_lite.learn.stacked import Stacked
 from adalfl_lite.losses.fixed import FIXED, fixed_loss, summary
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import Loss, task_loss
-from adalfl_lite.provenance import without_addresses
+from adalfl_lite.provenance import identity
 from adalfl_lite.train.checkpoint import describe_data
 from adalfl_lite.train.loop import Callback, fit
+
+LOSSES, RATES = (Given, Learned, TaylorSearch, SymbolicSearch), (TaskRate, Tuned, LearnedRate, Replayed)
+"""The recipes that a method is put together of."""
 
 FULL_RATE_STEPS = 3000
 """Over longer trainings than this, online adapts its loss more slowly, see :meth:`Method.online_meta_learning_rate`."""
@@ -74,13 +77,18 @@ class Method:
     """The split that is learned from beside the training batches: "valid" or "train"."""
     train_on_valid: bool = False
     """Train on the train and the valid split."""
-    compute_of: str | None = None
-    """Train for as many steps as this method costs with its initialisation; None: as the task says."""
+    compute_of: Method | str | None = None
+    """Train for as many steps as this method, or the one of this name, costs with its initialisation; None: as the
+    task says."""
     meta_learning_rate: float | None = None
     """η of Algorithm 2; None: see :meth:`online_meta_learning_rate`."""
 
     def __post_init__(self) -> None:
-        """Refuse what would look at the test split, or do nothing."""
+        """Refuse what is no recipe, would look at the test split, or would do nothing."""
+        for part, known, example in ((self.loss, LOSSES, "Given(loss)"), (self.rate, RATES, "TaskRate()")):
+            if not isinstance(part, known):
+                names = ", ".join(kind.__name__ for kind in known)
+                raise TypeError(f"a method is put together of {names}; got {type(part).__name__}, give {example}")
         if self.meta_batches not in ("valid", "train"):
             raise ValueError(f"meta_batches must be 'valid' or 'train', got {self.meta_batches!r}")
         if self.online and isinstance(self.loss, Given) and not isinstance(self.rate, LearnedRate):
@@ -88,11 +96,50 @@ class Method:
             if not isinstance(loss, nn.Module) or not any(p.requires_grad for p in loss.parameters()):
                 raise ValueError("online=True has nothing to adapt; give a loss with weights, or rate=LearnedRate()")
 
+        if self.meta_learning_rate is not None:
+            if not (self.online and not isinstance(self.rate, LearnedRate)):
+                raise ValueError("meta_learning_rate is of a loss that is online; give online=True, or leave it out")
+            check_meta_rate(self.meta_learning_rate, None)
+
     @property
     def recipe(self) -> str:
-        """All of it but the words, as text that another process gives too."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "about"}
-        return without_addresses(repr(found))
+        """All of it but the words, as :func:`~adalfl_lite.provenance.identity` has it, other methods written out.
+
+        Those that are names still are taken from :data:`METHODS`.
+        """
+        whole = self.resolved(METHODS)
+        found = {field.name: getattr(whole, field.name) for field in fields(self) if field.name != "about"}
+        for name, other in (("rate", getattr(whole.rate, "of", None)), ("compute_of", whole.compute_of)):
+            if isinstance(other, Method):
+                found[f"{name} of"] = other.recipe
+        found["compute_of"] = None
+        if isinstance(whole.rate, Replayed):
+            found["rate"] = replace(whole.rate, of=None)
+        return identity(found)
+
+    def resolved(self, table: Mapping[str, Method], within: tuple[str, ...] = ()) -> Method:
+        """The same, with the methods that it names taken from ``table``, and theirs in turn.
+
+        Raises:
+            ValueError: there is no method of that name, it is this one itself, or it learns no loss though its compute
+                is wanted.
+        """
+
+        def found(name: Method | str | None) -> Method | None:
+            if not isinstance(name, str):
+                return None if name is None else name.resolved(table, within)
+            if name in within:
+                raise ValueError(f"method {name!r} refers to itself; name another")
+            if name not in table:
+                raise unknown("method", name, table)
+            return table[name].resolved(table, (*within, name))
+
+        compute_of, rate = found(self.compute_of), self.rate
+        if compute_of is not None and not isinstance(compute_of.loss, Learned):
+            raise ValueError(f"compute_of={self.compute_of!r} is a method that learns no loss; name one that does")
+        if isinstance(rate, Replayed):
+            rate = replace(rate, of=found(rate.of))
+        return replace(self, compute_of=compute_of, rate=rate)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -107,10 +154,7 @@ class Method:
         """
         if self.compute_of is None:
             return task.steps
-        other = get_method(self.compute_of).loss
-        if not isinstance(other, Learned):
-            raise ValueError(f"compute_of={self.compute_of!r} is a method that learns no loss; name one that does")
-        settings = other.settings_for(task)
+        settings = self.resolved(METHODS).compute_of.loss.settings_for(task)  # type: ignore[union-attr]
         rehearsals = 1 + settings.rehearsals  # one of the imitation
         return 3 * (settings.steps + task.steps) + rehearsals * settings.rehearsal_steps
 
@@ -184,6 +228,21 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def named_methods(methods: Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:
+    """Methods by name, with what they refer to: in a table of one's own, to that table first.
+
+    Raises:
+        TypeError: what is in the table is no method.
+        ValueError: see :meth:`Method.resolved`, and :func:`get_method`.
+    """
+    own = methods if isinstance(methods, Mapping) else {}
+    if wrong := [name for name, method in own.items() if not isinstance(method, Method)]:
+        kind = type(own[wrong[0]]).__name__
+        raise TypeError(f"{wrong[0]!r} must be a Method, got {kind}; give Method(Given(loss), 'in words')")
+    found = {name: own[name] if name in own else get_method(name) for name in methods}
+    return {name: method.resolved({**METHODS, **own}, (name,)) for name, method in found.items()}
+
+
 def check_applies(name: str, task: Task, method: Method | None = None) -> None:
     """Raise ``ValueError`` unless the method of that name is known, installed, and made for the kind of ``task``."""
     method = method or get_method(name)
@@ -192,6 +251,7 @@ def check_applies(name: str, task: Task, method: Method | None = None) -> None:
     library = method.loss.library
     if not is_installed(library):
         raise ValueError(f"method {name!r} needs {library}, which is not here; pip install 'adalfl-lite[methods]'")
+    method.loss.check(task.kind)
 
 
 @dataclass(frozen=True)
@@ -240,13 +300,13 @@ def prepare(
     given = zip(datasets, seeds, strict=True)
     jobs = [Job(task, data, seed, how.meta_batches, device, progress) for data, seed in given]
     learned = isinstance(how.loss, Learned) and how.stacks(task)
-    new = [job for job in jobs if _key(how.loss, job) not in shared[job.seed]] if learned else []
+    new = [job for job in jobs if (*_key(how.loss, job), None) not in shared[job.seed]] if learned else []
     if isinstance(how.loss, Learned) and len(new) > 1:
         started = time.perf_counter()
         found = how.loss.find_together(new)
         share = (time.perf_counter() - started) / len(new)
         for job, one in zip(new, found, strict=True):
-            shared[job.seed][_key(how.loss, job)] = one, share
+            shared[job.seed][(*_key(how.loss, job), None)] = one, share
     return [_prepared(how, job, shared[job.seed]) for job in jobs]
 
 
@@ -260,7 +320,7 @@ def _prepared(how: Method, job: Job, shared: dict) -> Prepared:
         task = how.rate.tune(job, loss)
         seconds += time.perf_counter() - started
     elif isinstance(how.rate, LearnedRate):
-        (rate, steps, chosen), of_rate = _found(how.rate, job, shared)
+        (rate, steps, chosen), of_rate = _found(how.rate, job, shared, how.loss, loss)
         task, seconds = task.with_(learning_rate=rate.rates[0]), seconds + of_rate
     elif isinstance(how.rate, Replayed):
         (replayed,) = prepare(
@@ -281,15 +341,18 @@ def _prepared(how: Method, job: Job, shared: dict) -> Prepared:
     return Prepared(loss, task, data, schedule, steps, chosen, seconds)
 
 
-def _found(recipe: Any, job: Job, shared: dict) -> tuple[Any, float]:
-    """What a recipe comes to, and its seconds; what costs something only once for each key."""
+def _found(recipe: Any, job: Job, shared: dict, of: Any = None, *given: Any) -> tuple[Any, float]:
+    """What a recipe comes to, and its seconds; what costs something only once for each key.
+
+    A rate is found for a loss, ``given``, which another recipe, ``of``, came to.
+    """
     if not getattr(recipe, "shares", True):
         started = time.perf_counter()
         return recipe.find(job), time.perf_counter() - started
-    key = _key(recipe, job)
+    key = (*_key(recipe, job), of)
     if key not in shared:
         started = time.perf_counter()
-        shared[key] = recipe.find(job), time.perf_counter() - started
+        shared[key] = recipe.find(job, *given), time.perf_counter() - started
     found, seconds = shared[key]
     return found._replace(learned=copy.deepcopy(found.learned)), seconds
 

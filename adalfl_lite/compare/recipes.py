@@ -96,6 +96,15 @@ class Given:
     shares = False
     library = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no loss, and kinds that there are not."""
+        if not callable(self.loss):
+            raise TypeError(f"loss must be a function or a module, got {type(self.loss).__name__}; give F.mse_loss")
+        _check_kinds(self.kinds)
+
+    def check(self, kind: str) -> None:
+        """A given loss is taken as it is."""
+
     def make(self, task: Task, data: Dataset) -> Loss:
         """The loss for this task; a copy, where it has a state."""
         return copy.deepcopy(self.loss)
@@ -165,6 +174,32 @@ class Learned:
     shares = True
     library = None
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be called, and kinds that there are not."""
+        if not callable(self.network) or isinstance(self.network, nn.Module):
+            raise TypeError(
+                f"network must be a function of the kind, got {type(self.network).__name__}; give"
+                " lambda kind: LossNetwork(kind, ...)"
+            )
+        _check_kinds(self.kinds)
+
+    def check(self, kind: str) -> None:
+        """Raise unless ``network`` gives a loss network of this kind, and one that can begin as the settings say."""
+        with torch.random.fork_rng(devices=[]):
+            try:
+                made = self.network(kind)
+            except TypeError as error:
+                raise TypeError(
+                    f"network({kind!r}) failed: {error}; give lambda kind: LossNetwork(kind, ...)"
+                ) from error
+        if not isinstance(made, nn.Module) or getattr(made, "kind", None) != kind:
+            what = getattr(made, "kind", None) if isinstance(made, nn.Module) else type(made).__name__
+            raise ValueError(f"network({kind!r}) must give a module whose kind is {kind!r}, got {what!r}")
+        if self.settings.imitation_steps and not isinstance(made, LossNetwork):
+            raise TypeError(
+                f"{type(made).__name__} cannot imitate the task loss; use settings=Initialiser(imitation_steps=0)"
+            )
+
     def settings_for(self, task: Task) -> Initialiser:
         """The settings, with rehearsals no longer than the training."""
         return self.settings.with_(rehearsal_steps=min(task.steps, self.settings.rehearsal_steps))
@@ -173,7 +208,9 @@ class Learned:
         """Algorithm 1 on the job's data with its optimizer; ``callback`` gets (meta steps taken, the loss)."""
         torch.manual_seed(INITIALISATION_SEED + job.seed)
         train, meta, validate = streams(job)
-        loss, settings = self.network(job.data.kind).to(job.device), self.settings_for(job.task)
+        # a copy, where the network is one that somebody keeps
+        loss = copy.deepcopy(self.network(job.data.kind)).to(job.device)
+        settings = self.settings_for(job.task)
         outcome = initialise(
             loss,
             job.make_model,
@@ -193,7 +230,7 @@ class Learned:
         settings = self.settings_for(first.task)
         train, meta, validate = zip(*map(streams, jobs), strict=True)
         found: tuple[list[LossNetwork], list[Initialisation]] = initialise_seeds(
-            lambda: self.network(first.data.kind).to(first.device),  # type: ignore[arg-type, return-value]
+            lambda: copy.deepcopy(self.network(first.data.kind)).to(first.device),  # type: ignore[arg-type, return-value]
             first.make_model,
             train,
             meta,
@@ -232,6 +269,9 @@ class TaylorSearch:
         score = _Score(job, streams(job), self.scored_steps)
         loss = search_taylor(job.data.kind, score, seed=job.seed, **_budget(self.generations, self.population))
         return Found(loss, score.tried)
+
+    def check(self, kind: str) -> None:
+        """A search begins from nothing."""
 
     def stacks(self, kind: str) -> bool:
         """A search is of one seed."""
@@ -272,6 +312,9 @@ class SymbolicSearch:
         loss = search_symbolic(kind, score, learn_weights, accept=accept, seed=job.seed, **budget)
         return Found(loss, score.tried)
 
+    def check(self, kind: str) -> None:
+        """A search begins from nothing."""
+
     def stacks(self, kind: str) -> bool:
         """A search is of one seed."""
         return False
@@ -290,6 +333,11 @@ class _Score:
         return rehearsal(loss.to(job.device), job.make_model, make_optimizer, given.train, self.steps, given.validate)[
             0
         ]
+
+
+def _check_kinds(kinds: tuple[str, ...]) -> None:
+    if not isinstance(kinds, tuple) or not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"kinds must be a tuple of {' and '.join(KINDS)}, got {kinds!r}; give ('classification',)")
 
 
 def _budget(generations: int | None, population: int | None) -> dict[str, int]:
@@ -311,6 +359,11 @@ class Tuned:
     """The task's rate times that factor whose full run has the lowest validation error at its end."""
 
     factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+    def __post_init__(self) -> None:
+        """Refuse factors that no rate can have."""
+        if not self.factors or not all(0 < factor < math.inf for factor in self.factors):
+            raise ValueError(f"factors must be positive and finite, one or more, got {self.factors}; give (0.1, 1.0)")
 
     def tune(self, job: Job, loss: Loss) -> Task:
         """The task with that rate; each run begins with the same loss.
@@ -350,8 +403,8 @@ class LearnedRate:
 
     settings: Initialiser = Initialiser(rehearsal_steps=1000)
 
-    def find(self, job: Job) -> Found:
-        """Algorithm 3 on the job's data with its optimizer."""
+    def find(self, job: Job, loss: Loss) -> Found:
+        """Algorithm 3 on the job's data with its optimizer, for a model that is trained with ``loss``."""
         torch.manual_seed(INITIALISATION_SEED + job.seed)
         train, meta, validate = streams(job)
         rate = LearningRate([job.task.learning_rate])
@@ -363,6 +416,7 @@ class LearnedRate:
             meta,
             make_optimizer=job.task.make_optimizer,
             kind=job.data.kind,
+            loss=loss,
             settings=settings,
             validate=validate if settings.rehearsals else None,
             progress=job.progress,
@@ -374,8 +428,8 @@ class LearnedRate:
 class Replayed:
     """The task's rate times the scale c(t) that another method's loss implied, recorded along its own training."""
 
-    of: str = "online"
-    """The other method's name."""
+    of: Any = "online"
+    """The other :class:`~adalfl_lite.compare.methods.Method`, or its name."""
     rows: int = 2000
     """c is measured on so many training rows at most."""
 

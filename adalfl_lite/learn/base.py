@@ -15,7 +15,7 @@ from adalfl_lite.checks import check_trainable
 from adalfl_lite.engines.steps import Batch, Batches, check_autocast, plain_step
 from adalfl_lite.engines.updates import Clipping
 from adalfl_lite.losses.task import Loss
-from adalfl_lite.provenance import describe_model, describe_optimizer, name_of, settings_of
+from adalfl_lite.provenance import describe_function, describe_model, describe_optimizer
 
 
 class Step(Protocol):
@@ -177,8 +177,8 @@ def describe_training(
     return {
         **describe_optimizer(optimizer),
         "model": describe_model(model),
-        "loss": name_of(loss),
-        "loss_settings": settings_of(loss),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        **describe_function("loss", loss),
         "autocast": None if autocast is None else str(autocast),
         "clip_gradient_norm": clipping.norm,
         "clip_gradient_value": clipping.value,

@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalfl_lite.checks import check_factories, check_initialised, check_used
+from adalfl_lite.checks import check_factories, check_initialised, check_trainable, check_used
 from adalfl_lite.engines.stacked import (
     Stack,
     StackedForward,
@@ -42,6 +43,7 @@ from adalfl_lite.engines.stacked import (
     meta_step,
 )
 from adalfl_lite.engines.steps import Batch
+from adalfl_lite.learn.base import check_has_parameters, check_no_closure
 from adalfl_lite.learn.imitation import draw_outputs, imitate, imitate_stacked
 from adalfl_lite.learn.learning_rate import LearningRate, OnlineLearningRate
 from adalfl_lite.learn.meta_learning import (
@@ -59,7 +61,7 @@ from adalfl_lite.learn.meta_learning import (
 from adalfl_lite.learn.online import OnlineLoss, default_task_loss
 from adalfl_lite.losses.network import LossNetwork
 from adalfl_lite.losses.task import Loss, task_error, task_loss
-from adalfl_lite.passes import process_random_state, restore_process_random_state
+from adalfl_lite.passes import parameters_of, process_random_state, restore_process_random_state
 
 DEFAULT = Initialiser()
 
@@ -100,17 +102,13 @@ def initialise(
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
     _check_validate(settings, validate)
     measured = task_loss or default_task_loss(loss_network)
-    fresh = _Fresh(make_model)
+    fresh = _Fresh(make_model, make_optimizer)
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
     # before the first training batch is drawn: the same batches score every rehearsal
     score = validations(meta_batches, settings, measured, task_error(loss_network.kind), validate)  # type: ignore[arg-type]
-    if settings.imitation_steps:
-        if not isinstance(loss_network, LossNetwork):
-            name = type(loss_network).__name__
-            raise TypeError(f"{name} cannot imitate the task loss; use settings=Initialiser(imitation_steps=0)")
-        # of the model's output only the shape, the dtype and the device are used
-        prediction = fresh().train()(next(train_batches)[0])
-        imitate(loss_network, measured, prediction, steps=settings.imitation_steps)
+    if settings.imitation_steps and not isinstance(loss_network, LossNetwork):
+        name = type(loss_network).__name__
+        raise TypeError(f"{name} cannot imitate the task loss; use settings=Initialiser(imitation_steps=0)")
     # one for all rollouts: its moments outlive the models
     meta_optimizer = torch.optim.Adam(loss_network.parameters(), lr=settings.rate_for("loss"))
 
@@ -134,9 +132,13 @@ def initialise(
 
     subject = _One(Member(settings.rollout_steps), loss_network, draw, rehearse, train_batches, meta_batches)
     look = None if callback is None else (lambda step: callback(step, loss_network))
-    (outcome,) = meta_learn(
-        subject, settings, rehearse_first=settings.imitation_steps > 0, callback=look, progress=progress
-    )
+    imitated = settings.imitation_steps > 0
+    with _kept(loss_network):
+        if imitated and isinstance(loss_network, LossNetwork):  # as was checked
+            # of the model's output only the shape, the dtype and the device are used
+            prediction = fresh().train()(next(train_batches)[0])
+            imitate(loss_network, measured, prediction, steps=settings.imitation_steps)
+        (outcome,) = meta_learn(subject, settings, rehearse_first=imitated, callback=look, progress=progress)
     return outcome
 
 
@@ -148,11 +150,12 @@ def initialise_learning_rate(
     *,
     make_optimizer: MakeOptimizer,
     kind: str,
+    loss: Loss | None = None,
     settings: Initialiser = DEFAULT,
     validate: Validate | None = None,
     progress: bool = False,
 ) -> Initialisation:
-    """Algorithm 3: meta-learn ``learning_rate`` in place before training, with the task loss of ``kind``.
+    """Algorithm 3: meta-learn ``learning_rate`` in place before training with ``loss``, by default the task loss.
 
     It is :func:`initialise` with α in the place of φ: the same rollouts and rehearsals and so the same budget, and the
     rate to start from rehearsed first, as the imitation of the task loss is there; nothing is imitated.
@@ -161,19 +164,21 @@ def initialise_learning_rate(
     check_factories(make_model=make_model, make_optimizer=make_optimizer)
     _check_validate(settings, validate)
     check_used("on a learning rate", engine=(settings.engine, "forward"))
-    loss, fresh = task_loss(kind), _Fresh(make_model)
+    measured, fresh = task_loss(kind), _Fresh(make_model, make_optimizer)
+    trained_with = measured if loss is None else loss
     train_batches, meta_batches = pairs(train, "train"), pairs(valid, "valid")
-    score = validations(meta_batches, settings, loss, task_error(kind), validate)
+    score = validations(meta_batches, settings, measured, task_error(kind), validate)
     meta_optimizer = torch.optim.Adam(learning_rate.parameters(), lr=settings.rate_for("learning rate"))
 
     def draw() -> OnlineLearningRate:
         model = fresh().train()
         return OnlineLearningRate(
             model,
-            loss,
+            copy.deepcopy(trained_with),  # it may change while it is trained with
             make_optimizer(model.parameters()),
             learning_rate=learning_rate,
             meta_optimizer=meta_optimizer,
+            task_loss=measured,
             clip_gradient_norm=settings.clip_gradient_norm,
             clip_gradient_value=settings.clip_gradient_value,
         )
@@ -182,10 +187,12 @@ def initialise_learning_rate(
         def rated(parameters: Iterable[Tensor]) -> Optimizer:
             return learning_rate.give_to(make_optimizer(parameters))
 
-        return rehearsal(loss, fresh, rated, train_batches, settings.rehearsal_steps, score, settings.clipping)
+        fixed, steps = copy.deepcopy(trained_with), settings.rehearsal_steps
+        return rehearsal(fixed, fresh, rated, train_batches, steps, score, settings.clipping)
 
     subject = _One(Member(settings.rollout_steps), learning_rate, draw, rehearse, train_batches, meta_batches)
-    (outcome,) = meta_learn(subject, settings, rehearse_first=True, progress=progress)
+    with _kept(learning_rate):
+        (outcome,) = meta_learn(subject, settings, rehearse_first=True, progress=progress)
     return outcome
 
 
@@ -235,11 +242,14 @@ def initialise_seeds(
     keep_freed_memory()
     members = [Member(settings.rollout_steps, seed) for seed in seeds]
     networks = [member.draw(make_loss_network) for member in members]
+    weights = [id(parameter) for network in networks for parameter in network.parameters()]
+    if len(set(weights)) < len(weights):
+        raise ValueError("make_loss_network returned the same weights for two seeds; it must build fresh ones")
     train_batches, meta_batches = [pairs(b, "train") for b in train], [pairs(b, "valid") for b in valid]
     loss, error = task_loss(networks[0].kind), task_error(networks[0].kind)
     given: Sequence[Validate | None] = [None] * len(seeds) if validate is None else validate
     scores = [validations(b, settings, loss, error, one) for b, one in zip(meta_batches, given, strict=True)]
-    fresh = _Fresh(make_model, kept=len(members))
+    fresh = _Fresh(make_model, make_optimizer)
     subject = _Many(members, networks, fresh, make_optimizer, train_batches, meta_batches, scores, settings)
     outcomes = meta_learn(subject, settings, rehearse_first=settings.imitation_steps > 0, progress=progress)
     subject.loss.write_back()
@@ -260,25 +270,46 @@ def _frozen(loss_network: nn.Module) -> nn.Module:
 
 
 class _Fresh:
-    """``make_model``, which is refused if it returns a model again: one of the last ``kept``.
+    """``make_model``, which is refused if it gives a weight again that an earlier model of it has, and trains it.
 
-    One is drawn at once and left alone, and the random state put back: so the first that is wanted is refused already,
-    before anything was learned with it.
+    One is drawn at once and left alone, with an optimizer, and the random state put back: so the first model that is
+    wanted is refused already, before anything was learned with it, and so is an optimizer that cannot train it.
     """
 
-    def __init__(self, make_model: MakeModel, kept: int = 1):
+    def __init__(self, make_model: MakeModel, make_optimizer: MakeOptimizer):
         self.make_model = make_model
+        # by identity: of the same numbers there may be many
+        self.seen: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         random = process_random_state()
-        self.last = deque([make_model()], maxlen=kept)
+        model = self()
+        check_has_parameters(model)
+        optimizer = make_optimizer(model.parameters())
+        check_no_closure(optimizer)
+        if not any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+            check_trainable(model, optimizer)
         restore_process_random_state(random)
 
     def __call__(self) -> nn.Module:
         model = self.make_model()
-        # by identity: of the same numbers there may be many
-        if any(model is one for one in self.last):
-            raise ValueError("make_model returned the same model again; it must build a fresh one at every call")
-        self.last.append(model)
+        trained = [parameter for parameter in parameters_of(model) if parameter.requires_grad]
+        if any(self.seen.get(id(parameter)) is parameter for parameter in trained):
+            raise ValueError(
+                "make_model returned weights of an earlier model again; it must build a fresh model at every call, with"
+                " what models share frozen: requires_grad_(False)"
+            )
+        self.seen.update({id(parameter): parameter for parameter in trained})
         return model
+
+
+@contextmanager
+def _kept(learned: nn.Module) -> Iterator[None]:
+    """What is learned has its weights again if the block fails."""
+    before = copy.deepcopy(learned.state_dict())
+    try:
+        yield
+    except Exception:
+        learned.load_state_dict(before)
+        raise
 
 
 class _One:

@@ -44,6 +44,7 @@ from adalfl_lite.learn.base import Learner, check_same_device, describe_training
 from adalfl_lite.learn.online import check_meta_rate, describe_meta_optimizer
 from adalfl_lite.losses.task import Loss
 from adalfl_lite.passes import Buffers, RandomState, Undo, eval_mode, optimizer_parameters
+from adalfl_lite.provenance import describe_function
 
 PROPORTIONAL = (
     torch.optim.SGD,
@@ -86,7 +87,12 @@ class LearningRate(nn.Module):
         return self.log_rates.detach().exp().tolist()
 
     def give_to(self, optimizer: Optimizer) -> Optimizer:
-        """Set the learning rates of ``optimizer``'s groups to these, and return it."""
+        """Set the rates of ``optimizer``'s groups to these, and return it; ``ValueError`` if there are others."""
+        if len(optimizer.param_groups) != len(self.rates):
+            raise ValueError(
+                f"{len(self.rates)} learning rates for an optimizer of {len(optimizer.param_groups)} parameter groups;"
+                " LearningRate.of(optimizer) has one for each"
+            )
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         return optimizer
@@ -162,6 +168,7 @@ class OnlineLearningRate(Learner):
         self.models, self.losses = [model], [loss]
         self.learning_rate = learning_rate or LearningRate.of(optimizer)
         self.learning_rate.give_to(optimizer)
+        self.initial_rates = self.learning_rate.rates
         eta = RATE_META_LEARNING_RATE if meta_learning_rate is None else meta_learning_rate
         self.meta_learning_rate = None if meta_optimizer else eta
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(self.learning_rate.parameters(), lr=eta)
@@ -251,6 +258,7 @@ class OnlineLearningRate(Learner):
     def describe(self) -> dict[str, Any]:
         """What :class:`~adalfl_lite.learn.Plain` describes, and how the learning rate is learned."""
         found = describe_training(self.model, self.loss, self.optimizer, self.clipping, self.autocast)
+        found |= {"initial_learning_rate": self.initial_rates, **describe_function("task_loss", self.task_loss)}
         how = describe_meta_optimizer(self.meta_learning_rate, self.meta_optimizer)
         return {**found, "online": True, "learn": "learning_rate", **how}
 

@@ -72,8 +72,8 @@ class Initialiser:
             rehearsals=(self.rehearsals, 0),
             rehearsal_steps=self.rehearsal_steps,
         )
-        if self.meta_learning_rate is not None and not self.meta_learning_rate >= 0:
-            raise ValueError(f"meta_learning_rate must be 0 or more, got {self.meta_learning_rate}")
+        if self.meta_learning_rate is not None and not 0 <= self.meta_learning_rate < math.inf:
+            raise ValueError(f"meta_learning_rate must be 0 or more and finite, got {self.meta_learning_rate}")
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}")
         Clipping(self.clip_gradient_norm, self.clip_gradient_value)  # checks its bounds
@@ -305,7 +305,10 @@ def rehearsal(
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):
         plain_step(model, loss, optimizer, next(batches), clipping=clipping)
-    error, value = validate(model)
+    score = validate(model)
+    if not isinstance(score, Sequence) or len(score) != 2:
+        raise TypeError(f"validate must return (error, task loss), got {score!r}; give two floats")
+    error, value = map(float, score)
     return (error, value) if math.isfinite(error) and math.isfinite(value) else (math.inf, math.inf)
 
 

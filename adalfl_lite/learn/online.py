@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from adalfl_lite.engines.updates import Clipping
 from adalfl_lite.learn.base import Learner, check_same_device, describe_training
 from adalfl_lite.losses.task import Loss, task_loss
 from adalfl_lite.passes import Undo, optimizer_parameters
-from adalfl_lite.provenance import describe_optimizer
+from adalfl_lite.provenance import describe_function, describe_optimizer
 
 META_LEARNING_RATE = {"classification": 1e-4, "regression": 1e-3}
 """η of Algorithm 2, by the kind of the loss network; one without a kind has that of classification."""
@@ -259,6 +260,7 @@ class OnlineLoss(Learner):
         clipping, autocast = self.problem.clipping, self.problem.autocast
         return {
             **describe_training(self.model, self.loss_network, self.optimizer, clipping, autocast),
+            **describe_function("task_loss", self.task_loss),
             "online": True,
             "learn": "loss",
             **describe_meta_optimizer(self.meta_learning_rate, self.meta_optimizer),
@@ -286,11 +288,11 @@ def check_engine(name: str) -> None:
 
 
 def check_meta_rate(meta_learning_rate: float | None, meta_optimizer: Optimizer | None) -> None:
-    """Raise ``ValueError`` for a negative η, or one beside a meta-optimizer that has its own."""
+    """Raise ``ValueError`` for an η that is negative or infinite, or one beside a meta-optimizer that has its own."""
     if meta_learning_rate is None:
         return
-    if not meta_learning_rate >= 0:
-        raise ValueError(f"meta_learning_rate must be 0 or more, got {meta_learning_rate}")
+    if not 0 <= meta_learning_rate < math.inf:
+        raise ValueError(f"meta_learning_rate must be 0 or more and finite, got {meta_learning_rate}")
     if meta_optimizer is not None:
         raise ValueError("meta_learning_rate has no effect on a meta_optimizer of your own; leave one of the two out")
 

@@ -44,7 +44,7 @@ KIND_OF = {
 
 
 class Stacked(Learner):
-    """S learners of one kind, all in step: each ends where it would alone, to rounding.
+    """S learners of one kind, all in step: each ends where it would alone, to rounding, if every step is finite.
 
     Args:
         learners: S of :class:`~adalfl_lite.learn.Plain`, of :class:`~adalfl_lite.learn.OnlineLoss` or of
@@ -89,12 +89,10 @@ class Stacked(Learner):
         self.stack = Stack(self.models)
         self.loss = StackedLoss([n for n in networks if isinstance(n, LossNetwork)]) if networks else None
         optimizers = [one.optimizer for one in learners]
-        # described while the rates are still in the optimizers
-        self.described = {**first.describe(), "loss": None if self.loss is None else str(self.losses[0])}
-        if isinstance(first, OnlineLearningRate):  # its rates are kept apart, one for each learner
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = 1.0
-        self.optimizer = _of_stack(optimizers, self.models, self.stack.parameters)
+        self.described = _described(learners, self.loss)
+        # learned rates are kept apart, one for each learner
+        rate = 1.0 if isinstance(first, OnlineLearningRate) else None
+        self.optimizer = _of_stack(optimizers, self.models, self.stack.parameters, rate)
         self.engine = StackedForward(self.stack, self.loss, self.optimizer, kinds.pop())
         self.adapts = first.adapts
         self.meta_optimizer: Optimizer | None = None
@@ -244,8 +242,24 @@ def _check_member(learner: Learner) -> None:
         raise ValueError("process_group= and compile= are not for a stack; leave them out, or train one by one")
 
 
-def _of_stack(optimizers: Sequence[Optimizer], modules: Sequence[nn.Module], stacked: Sequence[Tensor]) -> Optimizer:
-    """One optimizer over stacked tensors, of the same kind, groups and settings as those of the members."""
+def _described(learners: Sequence[Learner], loss: StackedLoss | None) -> dict[str, Any]:
+    """What the first member describes, and what others do differently, by name with a value for each."""
+    found = [one.describe() for one in learners]
+    values = {name: [one[name] for one in found] for name in found[0]}
+    different = {name: of_all for name, of_all in values.items() if any(one != of_all[0] for one in of_all)}
+    return {**found[0], "loss": None if loss is None else str(learners[0].losses[0]), "members": different}
+
+
+def _of_stack(
+    optimizers: Sequence[Optimizer],
+    modules: Sequence[nn.Module],
+    stacked: Sequence[Tensor],
+    rate: float | None = None,
+) -> Optimizer:
+    """One optimizer over stacked tensors, of the same kind, groups and settings as those of the members.
+
+    Where there is a ``rate``, it has that one, whatever theirs are.
+    """
     first = optimizers[0]
     check_elementwise(first)
     layouts = []
@@ -256,19 +270,21 @@ def _of_stack(optimizers: Sequence[Optimizer], modules: Sequence[nn.Module], sta
             raise ValueError(
                 "the optimizer of a stacked learner must hold every parameter; build it from .parameters()"
             )
-        if layouts[-1] != layouts[0] or _settings(optimizer) != _settings(first):
+        if layouts[-1] != layouts[0] or _settings(optimizer, rate) != _settings(first, rate):
             raise ValueError("the optimizers differ in kind, groups or settings; all must be the same")
     make: Any = type(first)
     return make(
         [
             {**settings, "params": [stacked[i] for i in layout]}
-            for settings, layout in zip(_settings(first)[1:], layouts[0], strict=True)
+            for settings, layout in zip(_settings(first, rate)[1:], layouts[0], strict=True)
         ]
     )
 
 
-def _settings(optimizer: Optimizer) -> list[Any]:
-    """The kind of an optimizer, and the settings of its groups."""
+def _settings(optimizer: Optimizer, rate: float | None) -> list[Any]:
+    """The kind of an optimizer, and the settings of its groups, with the ``rate`` if there is one."""
     left_out = ("params", "initial_lr")  # the latter is a scheduler's
     groups = [{name: value for name, value in g.items() if name not in left_out} for g in optimizer.param_groups]
+    if rate is not None:
+        groups = [{**group, "lr": rate} for group in groups]
     return [type(optimizer), *groups]

@@ -57,7 +57,8 @@ def _one_hot(target: Tensor, classes: int) -> Tensor:
 
 def _error_rate(prediction: Tensor, target: Tensor) -> Tensor:
     check_classification(prediction, target)
-    return (prediction.argmax(-1) != target).float().mean()
+    # of a row that is no number argmax names some class, which may be the right one
+    return ((prediction.argmax(-1) != target) | prediction.isnan().any(-1)).float().mean()
 
 
 def output_pairs(kind: str, prediction: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -20,6 +21,8 @@ KEPT_AS = {"loss_network": "loss", "learning_rate": "learned_rate"}
 NOT_KEPT_BEFORE = (
     *("model", "loss", "held_out", "inputs", "loss_settings", "augment_settings", "scheduler"),
     *("on_divergence", "learn"),  # of several seeds
+    *("loss_code", "task_loss", "task_loss_settings", "task_loss_code", "augment_code", "frozen", "members"),
+    "initial_learning_rate",
 )
 """What an older checkpoint of this format does not tell about its run, so that it cannot be compared."""
 
@@ -79,14 +82,23 @@ def resume_checkpoint(
     if missing := {"run", "history", "random"} - saved.keys():
         raise ValueError(f"{path} is not a whole checkpoint, it lacks {', '.join(sorted(missing))}; delete it")
     before = {**{name: run[name] for name in NOT_KEPT_BEFORE if name in run}, **saved["run"]}
+    if "initial_learning_rate" in saved["run"]:  # whose rate of the moment says nothing more
+        run.pop("learning_rate", None)
     different = [f"{name} {before.get(name)!r} -> {run[name]!r}" for name in run if before.get(name) != run[name]]
     if different:
-        raise ValueError(f"{path} is a checkpoint of another run ({', '.join(different)}); use another file")
+        raise ValueError(
+            f"{path} is a checkpoint of another run ({', '.join(different)}); use another file, or, to go on with this"
+            " run, build everything anew as it was at its first step"
+        )
+    undo = copy.deepcopy({"learner": learner.state_dict(), **{name: part.state_dict() for name, part in parts.items()}})
     try:
         learner.load_state_dict({name: saved[kept] for name, kept in names.items()})
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     except (KeyError, RuntimeError, ValueError) as error:
+        learner.load_state_dict(undo["learner"])
+        for name, part in parts.items():
+            part.load_state_dict(undo[name])
         raise ValueError(f"{path} does not fit this run's learner or data: {error}") from error
     restore_process_random_state(saved["random"])
     return saved["history"]

@@ -24,13 +24,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from adalfl_lite.checks import check_counts, check_finite, check_used
+from adalfl_lite.checks import check_counts, check_finite, check_functions, check_used, is_whole
 from adalfl_lite.data.dataset import Dataset
 from adalfl_lite.files import check_writable
 from adalfl_lite.learn.base import Learner
 from adalfl_lite.learn.online import OnlineLoss
 from adalfl_lite.losses.task import Loss
-from adalfl_lite.provenance import describe_schedule, name_of, settings_of
+from adalfl_lite.passes import kept_modes
+from adalfl_lite.provenance import describe_function, describe_schedule
 from adalfl_lite.train.checkpoint import describe_data, resume_checkpoint, save_checkpoint
 from adalfl_lite.train.evaluation import evaluate
 from adalfl_lite.train.streams import META_BATCHES, Streams
@@ -83,9 +84,9 @@ def fit(
             learner holds is then the file's. Run it with the same arguments: others are refused, but for the device,
             ``compile`` and one exact engine instead of another, which round differently.
         on_divergence: what to do about a step that is not finite. "raise" stops; the checkpoint keeps the last
-            evaluation. "skip" undoes the step, and "restore" goes back to the last evaluation; both warn, go on with
-            the next batch, and stop at the eleventh such step between two evaluations. They cost a look at the
-            parameters per step, and "skip" a copy of them.
+            evaluation. "skip" undoes the step (of a stack: of all its models), and "restore" goes back to the last
+            evaluation; both warn, go on with the next batch, and stop at the eleventh such step between two
+            evaluations. They cost a look at the parameters per step, and "skip" a copy of them.
         progress: show a progress bar.
 
     Returns:
@@ -102,7 +103,8 @@ def fit(
         FloatingPointError: the loss, a parameter or a meta-gradient is not finite; step and tensor are named, and the
             last checkpoint is kept.
     """
-    check_counts(steps=steps, evaluate_every=1 if evaluate_every is None else evaluate_every)
+    check_counts(steps=steps, batch_size=batch_size, evaluate_every=1 if evaluate_every is None else evaluate_every)
+    check_functions(augment=augment, callback=callback)
     datasets, seeds = _one_each(learner, data, seed)
     several = isinstance(seed, Sequence)
     _check_policies(learner, datasets, meta_batches, scheduler, augment, on_divergence)
@@ -123,8 +125,7 @@ def fit(
         **learner.describe(),
         "steps": steps,
         "batch_size": batch_size,
-        "augment": name_of(augment) if augment else None,
-        "augment_settings": settings_of(augment),
+        **describe_function("augment", augment),
         "scheduler": describe_schedule(scheduler, steps),
         **({"seeds": list(seeds)} if several else {"seed": seed}),
         "evaluate_every": evaluate_every,
@@ -155,7 +156,8 @@ def fit(
     history = pd.DataFrame(run.history)
     if not several:
         return history
-    return history.sort_values(["seed", "step"], kind="stable", ignore_index=True)
+    history["member"] = [i % len(seeds) for i in range(len(history))]  # two may have one seed
+    return history.sort_values(["seed", "member", "step"], kind="stable", ignore_index=True).drop(columns="member")
 
 
 class _Run:
@@ -215,7 +217,8 @@ class _Run:
                 row[f"{name}_error"], row[f"{name}_loss"] = evaluate(model, splits[i], self.kind)
             self.history.append({**row, "learning_rate": rates[i], "seconds": self.seconds})
             if self.callback:
-                self.callback(step, model, self.learner.losses[i])
+                with kept_modes(model):
+                    self.callback(step, model, self.learner.losses[i])
         self.clock = time.perf_counter()
 
     def _means(self, losses: Sequence[Tensor]) -> list[float]:
@@ -293,6 +296,8 @@ def _one_each(
         )
     count = len(learner.models)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    if wrong := [one for one in seeds if not is_whole(one)]:
+        raise TypeError(f"seed must be a whole number, S of them for a stack, got {wrong[0]!r}; give an int, such as 0")
     datasets = [data] * count if isinstance(data, Dataset) else data
     if not isinstance(datasets, list | tuple) or any(not isinstance(one, Dataset) for one in datasets) or not datasets:
         raise TypeError(f"data must be a Dataset, got {type(data).__name__}; load_dataset and Dataset(...) give one")
@@ -334,6 +339,8 @@ def _check_policies(
 
 
 def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
+    if not isinstance(scheduler, LRScheduler | None):
+        raise TypeError(f"scheduler must be one of torch's, such as MultiStepLR, got {type(scheduler).__name__}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
             "ReduceLROnPlateau needs a metric at every step, which fit does not give; use a schedule of the step alone,"

@@ -1,10 +1,11 @@
-"""How the reference shows types, and which members it leaves out.
+"""How the reference shows types and values, and which members it leaves out.
 
 The docstrings themselves are plain reStructuredText with the sections of Google's style.
 """
 
 from typing import Any
 
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 ALIASES = """ArrayLike Batch Callback Data Diagnostic Direction Evaluated Expression Gradients Kind Loss MakeModel
@@ -22,6 +23,13 @@ def leave_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: 
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
+def without_long_values(app: Sphinx, domain: str, kind: str, content: Any) -> None:
+    """Leave out the value of a constant that is longer than a line: a table of functions, as Python prints it."""
+    for annotation in list(content.parent[0].findall(addnodes.desc_annotation)):
+        if len(annotation.astext()) > 120:
+            annotation.parent.remove(annotation)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension with Sphinx; at this event it comes before napoleon."""
     app.setup_extension("sphinx.ext.autodoc")
@@ -31,4 +39,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     )
     app.connect("autodoc-process-docstring", keep_sentences, priority=100)
     app.connect("autodoc-skip-member", leave_out)
+    app.connect("object-description-transform", without_long_values)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

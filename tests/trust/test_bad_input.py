@@ -184,8 +184,8 @@ LOSSES = [
 
 ONLINE = [
     Case("unknown engine", lambda g: g.online(engine="fast"), ValueError, "forward, .*unrolled; got 'fast'"),
-    Case("a negative rate", lambda g: g.online(meta_learning_rate=-1.0), ValueError, "0 or more, got -1.0"),
-    Case("a rate of NaN", lambda g: g.online(meta_learning_rate=NAN), ValueError, "0 or more, got nan"),
+    Case("a negative rate", lambda g: g.online(meta_learning_rate=-1.0), ValueError, "0 or more and finite, got -1.0"),
+    Case("a rate of NaN", lambda g: g.online(meta_learning_rate=NAN), ValueError, "0 or more and finite, got nan"),
     Case("parameters for an optimizer", lambda g: g.online(optimizer=list(g.model.parameters())), TypeError, "got list"),
     Case("LBFGS, which needs a closure", lambda g: g.online(optimizer=torch.optim.LBFGS(g.model.parameters())),
          TypeError, "LBFGS has no differentiable update; use .*SGD, Adam"),

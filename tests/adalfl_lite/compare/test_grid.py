@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import joblib
@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
-from adalfl_lite import LossNetwork
+from adalfl_lite import Initialiser, LossNetwork
 from adalfl_lite.compare import grid as experiments
 from adalfl_lite.compare import methods, recipes, tasks
 from adalfl_lite.compare.grid import compare, run
@@ -248,7 +249,7 @@ def test_a_setting_of_a_task_of_your_own_is_part_of_its_job(tmp_path):
     with pytest.raises(ValueError, match=r"of a task with angle 1j, not \(-0-1j\); give another folder"):
         compared([task.with_(angle=-1j)], ["handcrafted"], [0], folder=tmp_path)
     path = experiments.job_path(tmp_path, "mine", "handcrafted", 0)  # an older job, which does not tell
-    settings = {name: value for name, value in json.loads(first.settings[0]).items() if name != "angle"}
+    settings = {name: value for name, value in json.loads(first.settings[0]).items() if name not in ("angle", "class")}
     experiments.write_results(first.assign(settings=json.dumps(settings)), path)
     compared([task], ["handcrafted"], [0], folder=tmp_path)
 
@@ -682,6 +683,146 @@ def test_methods_of_your_own_can_be_compared_and_are_told_apart_where_they_were_
         compared([IRIS], {**mine, "half": METHODS["focal"]}, [0], folder=tmp_path)
     with pytest.raises(ValueError, match="method 'half' is for classification"):
         compared([DIABETES], mine, [0])
+
+
+def scaled(factor):
+    return lambda prediction, target: factor * F.cross_entropy(prediction, target)
+
+
+def given(loss, rate=None):
+    return methods.Method(recipes.Given(loss, ("classification",)), "in words", rate or TaskRate())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (given(scaled(1.0)), given(scaled(5.0))),
+        (given(LossNetwork.classification()), given(LossNetwork.classification())),
+        (
+            given(scaled(1.0), recipes.Replayed(given(scaled(1.0)))),
+            given(scaled(1.0), recipes.Replayed(given(scaled(2.0)))),
+        ),
+    ],
+    ids=["closures", "weights", "of a replay"],
+)
+def test_methods_that_differ_within_a_function_are_told_apart_where_they_were_stored(tmp_path, before, after):
+    task = IRIS.with_(steps=3)
+    found = compared([task], {"mine": before}, [0], folder=tmp_path)
+    same(compared([task], {"mine": before}, [0], folder=tmp_path), found)
+    with pytest.raises(ValueError, match="recipe of the method"):
+        compared([task], {"mine": after}, [0], folder=tmp_path)
+
+
+def test_a_replayed_method_is_that_of_the_table_it_is_given_in():
+    """And one that is known by its name alone, in METHODS."""
+    task, flat = IRIS.with_(steps=10), given(scaled(0.1))
+    replay = methods.Method(TaskLoss(), "a replay", recipes.Replayed("handcrafted"))
+    own = compared([task], {"handcrafted": flat, "replay": replay}, [0])
+    of_registry = compared([task], {"replay": replay}, [0])
+    by_object = methods.Method(TaskLoss(), "a replay", recipes.Replayed(flat))
+    columns = ["step", "train_loss", "test_loss", "learning_rate"]
+    replayed = own[own.method == "replay"][columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(replayed, compared([task], {"replay": by_object}, [0])[columns])
+    assert replayed.learning_rate.iloc[0] == pytest.approx(0.1 * of_registry.learning_rate.iloc[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda: methods.Method(TaskLoss(), "", recipes.Replayed("nope")), "unknown method 'nope'"),
+        (lambda: methods.Method(TaskLoss(), "", recipes.Replayed("last")), "'last' refers to itself"),
+        (lambda: methods.Method(TaskLoss(), "", compute_of="nope"), "unknown method 'nope'"),
+        (lambda: methods.Method(TaskLoss(), "", compute_of="handcrafted"), "is a method that learns no loss"),
+        (lambda: methods.Method(Learned(LossNetwork.classification), ""), "give lambda kind: LossNetwork"),
+        (lambda: methods.Method(Learned(lambda kind: LossNetwork.regression()), ""), "module whose kind is 'class"),
+        (lambda: methods.Method(Learned(lambda kind: kind), ""), "must give a module whose kind"),
+        (lambda: methods.Method(Learned(lambda kind: TinyLoss()), ""), "imitation_steps=0"),
+        (lambda: torch.nn.functional.cross_entropy, "'last' must be a Method, got function; give Method"),
+    ],
+)
+def test_what_a_method_refers_to_is_looked_at_before_any_job_starts(monkeypatch, method, message):
+    monkeypatch.setattr(experiments, "_run_methods", lambda *_, **__: pytest.fail("a job was started"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        compared([IRIS], {"first": given(scaled(1.0)), "last": method()}, [0])
+
+
+class TinyLoss(torch.nn.Module):
+    """A learned loss of one weight."""
+
+    kind = "classification"
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, prediction, target):
+        return self.scale * F.cross_entropy(prediction, target)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Tuned(()), "factors must be positive and finite, one or more"),
+        (lambda: Tuned((0.1, -1.0)), "factors must be positive and finite"),
+        (lambda: recipes.Given(F.cross_entropy, kinds=["classification"]), "kinds must be a tuple"),
+        (lambda: recipes.Given("cross-entropy"), "loss must be a function or a module, got str"),
+        (lambda: Learned(LossNetwork.classification()), "network must be a function of the kind, got LossNetwork"),
+        (lambda: methods.Method(F.cross_entropy, "mine"), "put together of Given, .* got function"),
+        (lambda: methods.Method(Tuned(), "mine"), "got Tuned"),
+        (lambda: methods.Method(TaskLoss(), "mine", "tuned"), "got str, give TaskRate"),
+        (lambda: methods.Method(Learned(), "mine", meta_learning_rate=1e-3), "give online=True, or leave it out"),
+        (lambda: methods.Method(Learned(), "mine", online=True, meta_learning_rate=math.inf), "0 or more and finite"),
+    ],
+)
+def test_recipes_that_cannot_be_followed_are_refused_when_they_are_written(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+@pytest.mark.parametrize("seeds", [5, "01", [0.5], [True]])
+def test_seeds_that_are_no_whole_numbers_are_refused(seeds):
+    with pytest.raises(TypeError, match="seeds must be a list of whole numbers"):
+        compared([IRIS], ["handcrafted"], seeds)
+
+
+def test_a_rate_is_learned_for_the_loss_of_its_method():
+    """A hundred times the loss has a hundredth of the rate; the schedule's base is the first row's."""
+    learned = LearnedRate(Initialiser.published(steps=200))
+    loss = methods.Method(recipes.Given(scaled(100.0), ("classification",)), "steep", learned)
+    task = IRIS.with_(steps=2, momentum=0.0)
+    found = compared([task], {"steep": loss, "plain": methods.Method(TaskLoss(), "plain", learned)}, [0])
+    steep, plain = (found[found.method == name].learning_rate.iloc[0] for name in ("steep", "plain"))
+    # from the task's own rate, far too high for the steep loss, the one falls while the other rises
+    assert steep < task.learning_rate < plain
+
+
+def test_a_network_that_somebody_keeps_starts_every_job_as_it_is():
+    kept = LossNetwork.classification()
+    before = copy.deepcopy(kept.state_dict())
+    own = {"mine": methods.Method(Learned(lambda kind: kept, Initialiser.published(steps=5)), "kept")}
+    both, alone = compared([IRIS.with_(steps=3)], own, [0, 1]), compared([IRIS.with_(steps=3)], own, [1])
+    same(both[both.seed == 1], alone)
+    assert all(torch.equal(value, before[name]) for name, value in kept.state_dict().items())
+
+
+class Steeper(Task):
+    """A task with an optimizer of its own, and a setting that is no field."""
+
+    factor = 1.0
+
+    def make_optimizer(self, parameters):
+        return torch.optim.SGD(parameters, lr=self.learning_rate * self.factor)
+
+
+def test_a_task_with_methods_or_attributes_of_its_own_is_told_from_another(tmp_path):
+    plain = IRIS.with_(steps=3)
+    own, other = (Steeper(**{f.name: getattr(plain, f.name) for f in fields(plain)}) for _ in range(2))
+    object.__setattr__(other, "factor", 3.0)
+    compared([own], ["handcrafted"], [0], folder=tmp_path)
+    for changed in (plain, other):
+        with pytest.raises(ValueError, match="is of a task with"):
+            compared([changed], ["handcrafted"], [0], folder=tmp_path)
+    compared([own], ["handcrafted"], [0], folder=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import Initialiser
+from adalfl_lite import Initialiser, learn
 from adalfl_lite.learn.imitation import imitate
 from adalfl_lite.learn.learning_rate import LearningRate
 from adalfl_lite.learn.meta_learning import endless
@@ -102,8 +102,8 @@ def test_a_rollout_keeps_model_and_optimizer_for_its_steps():
     initialise(LossNetwork.classification(), draw, batches, batches, **options)
     # the first is drawn on trial and left alone; the others were set to train mode
     assert [int(model[1].num_batches_tracked) for model in drawn] == [0, 4, 4, 2]
-    assert len(optimizers) == 3
-    assert all("momentum_buffer" in optimizer.state[next(iter(optimizer.state))] for optimizer in optimizers)
+    assert len(optimizers) == 4 and not optimizers[0].state
+    assert all("momentum_buffer" in optimizer.state[next(iter(optimizer.state))] for optimizer in optimizers[1:])
 
 
 def test_momentum_is_seen_only_by_longer_rollouts():
@@ -325,7 +325,7 @@ def test_one_step_rewards_make_the_loss_ever_steeper():
         ({"rehearsal_steps": 0}, "rehearsal_steps must be at least 1, got 0"),
         ({"imitation_steps": -1}, "imitation_steps must be at least 0, got -1"),
         ({"engine": "fast"}, "engine must be one of"),
-        ({"meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more, got -1"),
+        ({"meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more and finite, got -1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_and_phi_is_untouched(options, message):
@@ -344,7 +344,7 @@ def test_the_same_model_again_is_refused_before_anything_is_learned(what, settin
     learned = LossNetwork.classification() if what == "loss" else LearningRate([0.1])
     before = copy.deepcopy((model.state_dict(), learned.state_dict()))
     few = {"steps": 5, "rollout_steps": 20, "rehearsal_steps": 2, "make_optimizer": sgd(), **settings}
-    with pytest.raises(ValueError, match="make_model returned the same model again; it must build a fresh one"):
+    with pytest.raises(ValueError, match="make_model returned weights of an earlier model again; it must build"):
         if what == "loss":
             initialise(learned, lambda: model, batches, batches, **few)
         else:
@@ -352,6 +352,81 @@ def test_the_same_model_again_is_refused_before_anything_is_learned(what, settin
     assert not model.training and model[0].weight.grad is None
     for now, then in zip((model, learned), before, strict=True):
         assert all(torch.equal(tensor, then[name]) for name, tensor in now.state_dict().items())
+
+
+BODY = nn.Linear(4, 4)
+PAIR = itertools.cycle([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: nn.Sequential(BODY, nn.Linear(4, 3)), lambda: nn.Sequential(BODY), lambda: next(PAIR)],
+    ids=["a shared body", "another wrapper", "two in turn"],
+)
+@pytest.mark.parametrize("what", ["loss", "learning rate", "seeds"])
+def test_models_that_share_weights_are_refused_and_nothing_is_learned(what, draw):
+    """By the time a third of two in turn is asked for, what was learned is put back."""
+    batches, learned = batches_of("classification", 2), LossNetwork.classification()
+    rate = LearningRate([0.1])
+    before = [copy.deepcopy(one.state_dict()) for one in (learned, rate)]
+    few = {"make_optimizer": sgd(), "settings": Initialiser.published(steps=5)}
+    with pytest.raises(ValueError, match=r"make_model returned weights of an earlier model .* requires_grad_\(False\)"):
+        if what == "loss":
+            learn.initialise(learned, draw, batches, batches, **few)
+        elif what == "seeds":
+            learn.initialise_seeds(LossNetwork.classification, draw, [batches] * 2, [batches] * 2, seeds=[0, 1], **few)
+        else:
+            learn.initialise_learning_rate(rate, draw, batches, batches, kind="classification", **few)
+    for one, state in zip((learned, rate), before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+def test_models_may_share_what_is_frozen():
+    """The remedy, tried."""
+    body, batches = nn.Linear(4, 4).requires_grad_(False), batches_of("classification", 2)
+    few = {"make_optimizer": sgd(), "settings": Initialiser.published(steps=5)}
+    learned = LossNetwork.classification()
+    before = weights(learned).clone()
+    learn.initialise(learned, lambda: nn.Sequential(body, nn.Linear(4, 3)), batches, batches, **few)
+    assert not torch.equal(weights(learned), before)
+
+
+def test_seeds_that_would_share_one_network_are_refused():
+    kept, batches = LossNetwork.classification(), batches_of("classification", 2)
+    given = {"make_optimizer": sgd(), "seeds": [0, 1], "settings": Initialiser.published(steps=2)}
+    with pytest.raises(ValueError, match="make_loss_network returned the same weights for two seeds"):
+        learn.initialise_seeds(lambda: kept, make_model, [batches] * 2, [batches] * 2, **given)
+
+
+OTHER = nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"make_optimizer": lambda p: torch.optim.SGD(OTHER.parameters(), lr=0.1)}, "model"),
+        ({"make_optimizer": lambda p: torch.optim.LBFGS(p)}, "LBFGS needs a closure, which no learner has"),
+        ({"validate": lambda model: 0.5}, r"validate must return \(error, task loss\), got 0.5"),
+        ({"validate": lambda model: (0.5,)}, r"validate must return \(error, task loss\), got \(0.5,\)"),
+        ({"train": iter(batches_of("classification", 3))}, "the train batches are empty or used up"),
+    ],
+)
+def test_what_fails_on_the_way_leaves_the_loss_as_it_was(options, message):
+    learned, batches = LossNetwork.classification(), batches_of("classification", 2)
+    before = weights(learned).clone()
+    given = {"train": batches, "valid": batches, "make_optimizer": sgd(), **options}
+    with pytest.raises((ValueError, TypeError), match=message):
+        learn.initialise(learned, make_model, settings=Initialiser(steps=20, rehearsal_steps=2), **given)
+    assert torch.equal(weights(learned), before)
+
+
+def test_validate_may_return_tensors():
+    learned, batches = LossNetwork.classification(), batches_of("classification", 2)
+    given = {"make_optimizer": sgd(), "validate": lambda model: (torch.tensor(0.5), torch.tensor(1.0))}
+    done = learn.initialise(
+        learned, make_model, batches, batches, settings=Initialiser(steps=2, rehearsal_steps=2), **given
+    )
+    assert done.rehearsals.error.dtype == float and (done.rehearsals.error == 0.5).all()
 
 
 def test_the_model_that_is_drawn_on_trial_takes_no_random_numbers_from_the_others():

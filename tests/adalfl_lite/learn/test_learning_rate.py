@@ -211,7 +211,7 @@ def test_what_cannot_work_is_refused():
         online_of(model, torch.optim.Rprop(model.parameters()))
     with pytest.raises(ValueError, match="learning rates must be positive and finite, got 0"):
         online_of(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    with pytest.raises(ValueError, match="meta_learning_rate must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="meta_learning_rate must be 0 or more and finite, got -1"):
         online_of(model, torch.optim.SGD(model.parameters(), lr=0.1), meta_learning_rate=-1)
     with pytest.raises(ValueError, match="not in the model"):
         online_of(model, torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1))
@@ -390,3 +390,11 @@ def test_a_schedule_that_cannot_be_replayed_is_refused():
             scaled_schedule(optimizer, steps, values)
     with pytest.raises(ValueError, match="exclude each other"):
         trained(scheduler=lambda o: scaled_schedule(o, [0], [1.0]), online=True, learn="learning_rate")
+
+
+def test_more_rates_than_parameter_groups_are_refused_and_none_is_set():
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="2 learning rates for an optimizer of 1 parameter groups"):
+        OnlineLearningRate(model, F.cross_entropy, optimizer, learning_rate=LearningRate([0.5, 0.2]))
+    assert optimizer.param_groups[0]["lr"] == 0.1

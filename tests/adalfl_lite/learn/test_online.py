@@ -372,7 +372,7 @@ def test_what_cannot_work_is_refused_before_the_first_step():
     ):
         learner(model, network, engine="fast")
     for rate in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"meta_learning_rate must be 0 or more, got {rate}"):
+        with pytest.raises(ValueError, match=f"meta_learning_rate must be 0 or more and finite, got {rate}"):
             learner(model, network, meta_learning_rate=rate)
     with pytest.raises(ValueError, match="not in the model"):
         OnlineLoss(model, network, torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1))

@@ -372,11 +372,11 @@ def test_what_cannot_be_initialised_together_is_refused():
     with pytest.raises(TypeError, match="make_model must be a function that builds one, got Sequential"):
         initialise_seeds(LossNetwork.classification, mlp(), train, valid, **options)
     same = mlp().double()
-    with pytest.raises(ValueError, match="make_model returned the same model again"):
+    with pytest.raises(ValueError, match="make_model returned weights of an earlier model again"):
         initialise_seeds(LossNetwork.classification, lambda: same, train, valid, **{**options, "imitation_steps": 0})
     alone = {**options, "seeds": SEEDS[:1], "imitation_steps": 0}
     before = same[0].weight.detach().clone()
-    with pytest.raises(ValueError, match="make_model returned the same model again"):
+    with pytest.raises(ValueError, match="make_model returned weights of an earlier model again"):
         initialise_seeds(LossNetwork.classification, lambda: same, train[:1], valid[:1], **alone)
     assert torch.equal(same[0].weight, before)
     for setting, shown in (({"clip_gradient_norm": 1.0}, "1.0"), ({"engine": "unrolled"}, "'unrolled'")):
@@ -390,3 +390,18 @@ def test_what_cannot_be_initialised_together_is_refused():
             valid,
             **{**options, "imitation_steps": 0},
         )
+
+
+def test_learners_that_are_refused_as_a_stack_keep_their_rates():
+    """And are trained one by one as if nobody had tried."""
+
+    def learner(momentum):
+        model = mlp()
+        return OnlineLearningRate(
+            model, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), 0.05, momentum)
+        )
+
+    learners = [learner(0.0), learner(0.9)]
+    with pytest.raises(ValueError, match="the optimizers differ in kind, groups or settings"):
+        Stacked(learners)
+    assert [one.learning_rates() for one in learners] == [[0.05], [0.05]]

@@ -50,3 +50,10 @@ def test_sums_of_float32_of_equal_counts_become_ties():
     found = final_errors(tied(rows)).test_error
     assert found[0] == found[1] == pytest.approx(7 / ROWS, abs=1e-6)
     assert np.array_equal(rows.test_error, sums)  # the table that was given is as it was
+
+
+def test_a_row_that_is_no_number_is_wrong_whatever_its_class():
+    split = split_with(0)
+    split.inputs[:90] = np.nan
+    error, loss = evaluate(nn.Identity(), split, "classification")
+    assert error == 90 / ROWS and np.isnan(loss)

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from adalfl_lite.data.dataset import BatchSampler, Dataset, Split
-from adalfl_lite.learn.learning_rate import RATE_META_LEARNING_RATE
+from adalfl_lite.learn.base import Plain
+from adalfl_lite.learn.learning_rate import RATE_META_LEARNING_RATE, OnlineLearningRate
 from adalfl_lite.learn.online import OnlineLoss
+from adalfl_lite.learn.stacked import Stacked
 from adalfl_lite.losses.dynamical import DynamicalLoss
 from adalfl_lite.losses.fixed import fixed_loss
 from adalfl_lite.losses.network import LossNetwork
@@ -27,6 +29,7 @@ from adalfl_lite.losses.newton import NewtonLoss
 from adalfl_lite.losses.task import task_loss
 from adalfl_lite.train.checkpoint import NOT_KEPT_BEFORE
 from adalfl_lite.train.evaluation import evaluate
+from adalfl_lite.train.loop import fit as train_loop
 from tests.shorthand import fit
 
 COLUMNS = ["step", "train_loss", "meta_loss", "valid_error", "valid_loss", "test_error", "test_loss"]
@@ -610,11 +613,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 91}, "batch_size=91 must be between 1 and the number of rows, n=90"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"meta_batches": "test"}, "meta_batches must be 'valid', 'train' or 'next', got 'test'"),
         ({"online": True, "engine": "shared"}, "engine='shared' needs meta_batches='next', got 'valid'"),
         ({"online": True, "engine": "fast"}, "engine must be one of"),
-        ({"online": True, "meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more"),
+        ({"online": True, "meta_learning_rate": -1.0}, "meta_learning_rate must be 0 or more and finite"),
         (
             {"meta_batches": "train"},
             "meta_batches='train' has no effect where nothing is learned beside the model; leave it out",
@@ -651,3 +654,165 @@ def test_a_scheduler_that_would_not_schedule_this_run_is_refused():
     ):
         with pytest.raises(error, match=message):
             fit(model, network, make_data(), optimizer=optimizer, scheduler=scheduler, **OPTIONS)
+
+
+def twice(prediction, target):
+    return 2 * F.cross_entropy(prediction, target)
+
+
+def plain(model, **changes):
+    given = {"loss": F.cross_entropy, "lr": 0.05, **changes}
+    return Plain(model, given["loss"], torch.optim.SGD(model.parameters(), lr=given["lr"]))
+
+
+def online(model, **options):
+    network = LossNetwork.classification()
+    return OnlineLoss(model, network, torch.optim.SGD(model.parameters(), lr=0.05), **options)
+
+
+def rate(model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.pop("lr", 0.05))
+    return OnlineLearningRate(model, F.cross_entropy, optimizer, **options)
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def frozen_first():
+    model = small()
+    model[0].requires_grad_(False)
+    return model
+
+
+FEW = {"steps": 6, "batch_size": 16, "evaluate_every": 2, "seed": 3, "progress": False}
+
+
+class Stop(Exception):
+    """Ends a run at an evaluation."""
+
+
+def stop_at(step):
+    def callback(reached, model, loss):
+        if reached == step:
+            raise Stop
+
+    return callback
+
+
+def started(learner, path, **options):
+    """A run that ends after the checkpoint of step 2."""
+    with pytest.raises(Stop):
+        train_loop(learner, make_data(), checkpoint=path, callback=stop_at(4), **{**FEW, **options})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (lambda: online(small()), lambda: online(small(), task_loss=twice), "task_loss"),
+        (lambda: rate(small()), lambda: rate(small(), task_loss=twice), "task_loss"),
+        (lambda: plain(small()), lambda: plain(frozen_first()), "frozen"),
+        (
+            lambda: plain(small(), loss=lambda p, t: F.cross_entropy(p, t)),
+            lambda: plain(small(), loss=lambda p, t: 2 * F.cross_entropy(p, t)),
+            "loss_code",
+        ),
+        (
+            lambda: Stacked([rate(small(), lr=0.05), rate(small(), lr=0.5)]),
+            lambda: Stacked([rate(small(), lr=0.05), rate(small(), lr=0.005)]),
+            "members",
+        ),
+    ],
+    ids=["task loss", "task loss of a rate", "frozen", "code", "second of a stack"],
+)
+def test_a_run_that_differs_where_only_code_shows_it_is_no_resume(tmp_path, before, after, named):
+    first, second = before(), after()
+    seed = [3, 4] if isinstance(first, Stacked) else 3
+    started(first, tmp_path / "run.pt", **({"seed": seed} if isinstance(seed, list) else {}))
+    states = [{name: value.clone() for name, value in model.state_dict().items()} for model in second.models]
+    with pytest.raises(ValueError, match=f"another run .*{named}"):
+        train_loop(second, make_data(), checkpoint=tmp_path / "run.pt", **{**FEW, "seed": seed})
+    for model, state in zip(second.models, states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [plain, online, rate])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_run_goes_on_with_the_very_objects_it_was_stopped_with(tmp_path, make, scheduled):
+    """As where a cell of a notebook is run again."""
+    if scheduled and make is rate:
+        pytest.skip("a learned rate has no schedule")
+
+    def parts():
+        learner = make(small())
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(learner.optimizer, [1, 3]) if scheduled else None
+        return learner, scheduler
+
+    torch.manual_seed(0)
+    learner, scheduler = parts()
+    whole = train_loop(learner, make_data(), scheduler=scheduler, **FEW)
+    torch.manual_seed(0)
+    learner, scheduler = parts()
+    started(learner, tmp_path / "run.pt", scheduler=scheduler)
+    again = train_loop(learner, make_data(), checkpoint=tmp_path / "run.pt", scheduler=scheduler, **FEW)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), whole.drop(columns="seconds"), check_exact=True)
+
+
+class Hidden(nn.Module):
+    """A model whose width its repr does not show."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.more = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x @ self.first + self.more.sum()
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
+    started(plain(Hidden(2)), tmp_path / "run.pt")
+    learner = plain(Hidden(5))
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit this run"):
+        train_loop(learner, make_data(), checkpoint=tmp_path / "run.pt", **FEW)
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [plain, online])
+def test_a_callback_that_switches_to_eval_mode_changes_no_number(make):
+    def run(callback):
+        torch.manual_seed(0)
+        model, _, _ = make_parts()
+        return train_loop(make(model), make_data(), callback=callback, **FEW).drop(columns="seconds")
+
+    pd.testing.assert_frame_equal(run(lambda step, model, loss: model.eval()), run(None), check_exact=True)
+
+
+def test_two_of_a_stack_with_one_seed_have_their_histories_below_each_other():
+    learner = Stacked([plain(small(0)), plain(small(1))])
+    history = train_loop(learner, make_data(), **{**FEW, "seed": [3, 3]})
+    assert history.step.tolist() == [0, 2, 4, 6] * 2
+    alone = train_loop(plain(small(1)), make_data(), **FEW)
+    assert history.test_loss[4:].tolist() == pytest.approx(alone.test_loss.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": "3"}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+        ({"batch_size": "20"}, "batch_size must be a whole number, got '20'"),
+        ({"steps": 12.0}, "steps must be a whole number, got 12.0"),
+        ({"steps": math.nan}, "steps must be a whole number, got nan"),
+        ({"steps": None}, "steps must be a whole number, got None"),
+        ({"scheduler": "cosine"}, "scheduler must be one of torch's"),
+        ({"callback": 3}, "callback must be a function, got int"),
+        ({"augment": 3}, "augment must be a function, got int"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train_loop(plain(small()), make_data(), **{**FEW, **options})
