@@ -84,7 +84,8 @@ def initialise(
     Args:
         loss_network: M_φ, usually a :class:`~adalfl_lite.losses.LossNetwork`; another module with a ``kind`` where
             nothing is imitated.
-        make_model: draws a fresh base model (from torch's global random state), in train mode, on its device.
+        make_model: draws a fresh base model (from torch's global random state), in train mode, on its device. One more
+            than is needed is drawn, to be looked at. Models may share weights only where these are frozen.
         train: batches (inputs, targets) for the base steps; a loader is repeated when it ends.
         valid: meta batches; give the training batches again to use no validation data.
         make_optimizer: parameters -> the base optimizer that will be used for training.
@@ -95,7 +96,8 @@ def initialise(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a loader is empty, or something above cannot work, with the reason.
+        ValueError: a loader is empty, or something above cannot work, with the reason; the loss network is then as it
+            was.
         TypeError: a loader gives no pairs, or ``make_model`` or ``make_optimizer`` is no function.
         FloatingPointError: every rehearsal diverged; lower the base learning rate.
     """

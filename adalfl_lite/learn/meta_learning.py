@@ -282,6 +282,11 @@ def pairs(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
         "; the batches must be a loader of pairs, and of two tensors"
         " DataLoader(TensorDataset(inputs, targets), batch_size, shuffle=True) makes one"
     )
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be batches (inputs, targets), got {type(batches).__name__}; give a DataLoader, or"
+            " of a Dataset data.train.batches(20, seed=0)"
+        )
     for batch in endless(batches, name):
         check_pair(batch, f"a {name} batch", remedy)
         if any(isinstance(part, tuple | list) for part in batch):

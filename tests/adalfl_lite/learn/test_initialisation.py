@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adalfl_lite import Initialiser, learn
+from adalfl_lite import Initialiser, learn, load_dataset
 from adalfl_lite.learn.imitation import imitate
 from adalfl_lite.learn.learning_rate import LearningRate
 from adalfl_lite.learn.meta_learning import endless
@@ -476,3 +476,14 @@ def test_the_settings_are_the_recommended_ones_or_the_papers():
     assert ours.moments == [221, 312, 442, 625, 884, 1250, 1768, 2500]
     assert (paper.steps, paper.imitation_steps, paper.rollout_steps, paper.moments) == (10, 0, 1, [])
     assert ours.with_(steps=10) != ours == Initialiser() and hash(ours) == hash(Initialiser())
+
+
+@pytest.mark.parametrize("part", [lambda data: data, lambda data: data.train], ids=["a data set", "a split"])
+def test_data_in_the_place_of_batches_are_refused_with_what_to_give(part):
+    data, learned = load_dataset("iris"), LossNetwork.classification()
+    before, few = weights(learned).clone(), {"make_optimizer": sgd(), "settings": Initialiser(steps=2, rehearsals=0)}
+    for train, valid in ((part(data), [data.valid[:20]]), ([data.train[:20]], part(data))):
+        with pytest.raises(TypeError, match=r"(train|valid) must be batches .* data.train.batches\(20, seed=0\)"):
+            learn.initialise(learned, make_model, train, valid, **few)
+    assert torch.equal(weights(learned), before)
+    learn.initialise(learned, make_model, data.train.batches(20, seed=0), data.valid.batches(20, seed=0), **few)

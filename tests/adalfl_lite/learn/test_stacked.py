@@ -404,4 +404,4 @@ def test_learners_that_are_refused_as_a_stack_keep_their_rates():
     learners = [learner(0.0), learner(0.9)]
     with pytest.raises(ValueError, match="the optimizers differ in kind, groups or settings"):
         Stacked(learners)
-    assert [one.learning_rates() for one in learners] == [[0.05], [0.05]]
+    assert [one.learning_rates() for one in learners] == [[pytest.approx(0.05)]] * 2
