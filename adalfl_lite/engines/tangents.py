@@ -167,7 +167,8 @@ def check_agreement(
         w: a direction in parameter space.
         along: ⟨∂M/∂f, u⟩, a scalar.
         bound: gives ‖∂M/∂f‖ ‖u‖, a scalar.
-        tolerance: relative to Σ_i ‖g_i‖ ‖w_i‖ over the tensors i, plus ``bound``.
+        tolerance: relative to Σ_i ‖g_i‖ ‖w_i‖ over the tensors i, plus ``bound``. Numbers so small that they are no more
+            normal ones are not compared: of a loss that has nothing left to say, rounding is all there is.
     """
     if not gradients:
         return
@@ -179,8 +180,12 @@ def check_agreement(
     if not difference > tolerance * (abs(ours) + abs(theirs)):  # neither where one is NaN: that is said elsewhere
         return
     # what cancels is measured by the lengths that went in, Σ‖g_i‖‖w_i‖ + ‖∂M/∂f‖‖u‖
-    lengths = torch.stack(torch._foreach_norm([*gradients, *w])).to(along.dtype).view(2, -1)
-    if difference > tolerance * (torch.dot(*lengths) + bound()).item():
+    # (in double precision: of small numbers the squares are zeros)
+    lengths = torch.stack([part.abs().double().norm() for part in (*gradients, *w)]).view(2, -1)
+    # every term below may be off by the smallest normal number, and so may every g_i, which counts w_i times
+    terms = sum(part.abs().double().sum() + part.numel() for part in w)
+    underflow = torch.finfo(along.dtype).tiny * terms
+    if difference > (tolerance * (torch.dot(*lengths) + bound()) + underflow).item():
         raise NotImplementedError(
             f"the model's backward pass and its derivative disagree (by {difference / max(abs(ours), abs(theirs)):.2%}"
             " along one direction): it has a hook on an activation or an operation with a gradient of its own, or draws"

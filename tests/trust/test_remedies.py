@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ from adalfl_lite import Initialiser, LossNetwork, OnlineLearningRate, OnlineLoss
 from adalfl_lite.cli import app
 from adalfl_lite.compare.grid import compare
 from adalfl_lite.compare.methods import MAIN_METHODS, METHODS, Method, check_applies
-from adalfl_lite.compare.recipes import Job, Learned, LearnedRate, TaskLoss, Tuned
+from adalfl_lite.compare.recipes import Given as GivenLoss
+from adalfl_lite.compare.recipes import Job, Learned, LearnedRate, Replayed, TaskLoss, TaskRate, Tuned
 from adalfl_lite.compare.tasks import TASKS, get_task
 from adalfl_lite.data.corruption import with_imbalance, with_label_noise
 from adalfl_lite.learn.learning_rate import LearningRate, scaled_schedule
@@ -68,6 +69,9 @@ NO_REMEDY: dict[str, str] = {}
 """Parts of messages that look like a remedy and are none, with the reason."""
 
 SEEDS = (1, 2)
+
+QUICK = Learned(settings=Initialiser(steps=2, imitation_steps=0, rehearsals=0))
+"""A learned loss that is hardly learned."""
 
 
 class CommandError(Exception):
@@ -159,16 +163,34 @@ class Tools(Given):
         return not len(table) or bool(table.error.map(math.isfinite).any())
 
     def initialise_seeds(
-        self, make_model=lambda: nn.Linear(4, 3), lr=0.1, optimizer=torch.optim.SGD, one=False, **changes
+        self,
+        make_model=lambda: nn.Linear(4, 3),
+        lr=0.1,
+        optimizer=torch.optim.SGD,
+        one=False,
+        make_loss_network=LossNetwork.regression,
+        **changes,
     ):
         """The same for two seeds as one program."""
         given = {"steps": 4, "imitation_steps": 0, "rehearsals": 0, "rollout_steps": 2, "seeds": SEEDS, **changes}
         train, valid = ([batches] * 2 for batches in self.pairs(one))
         make_optimizer = partial(optimizer, lr=lr)
         outcomes = initialise_seeds(
-            LossNetwork.regression, make_model, train, valid, make_optimizer=make_optimizer, **given
+            make_loss_network, make_model, train, valid, make_optimizer=make_optimizer, **given
         )[1]
         return all(not len(o.rehearsals) or o.rehearsals.error.map(math.isfinite).any() for o in outcomes)
+
+    @cached_property
+    def body(self):
+        """A part that models may share."""
+        return nn.Linear(4, 5)
+
+    def compare(self, method, **changes):
+        """A comparison of one method of one's own, which is called "mine"."""
+        found = compare(
+            [get_task("iris").with_(steps=2)], {"mine": method}, **{"seeds": [0], "progress": False, **changes}
+        )
+        return bool(found.test_loss.map(math.isfinite).all())
 
     def optimizer(self, **changes):
         return torch.optim.SGD(self.model.parameters(), lr=0.1, **changes)
@@ -694,6 +716,12 @@ FILES = [
 ]  # fmt: skip
 
 TRAINING = [
+    row("half a step", lambda g: g.fit(steps=1.5), "got 1.5; give an int, such as 1", lambda g: g.fit_finite(steps=1)),
+    row("half a seed", lambda g: g.fit(seed=1.5), "got 1.5; give an int, such as 0", lambda g: g.fit_finite(seed=0)),
+    row("a number for a function", lambda g: g.fit(callback=3), "must be a function, got int; leave it out, or give a lambda",
+        lambda g: g.fit_finite(), lambda g: g.fit_finite(callback=lambda step, model, loss: None)),
+    row("a word for a scheduler", lambda g: g.fit(scheduler="cosine"), "such as MultiStepLR, got str",
+        lambda g: g.fit_finite(optimizer=(o := g.optimizer()), scheduler=MultiStepLR(o, [2]))),
     row("a loader for data", lambda g: g.fit(data=[g.batch]), r"load_dataset and Dataset\(\.\.\.\) give one",
         lambda g: g.fit_finite(data=g.data()), lambda g: g.fit_finite(data=load_dataset("iris"))),
     row("engine='shared' alone", lambda g: g.fit(online=True, engine="shared"), "needs meta_batches='next'",
@@ -726,8 +754,19 @@ TRAINING = [
 ]  # fmt: skip
 
 INITIALISING = [
-    row("always the same model", lambda g: g.initialise(make_model=same(g.model)), "it must build a fresh one at every call",
+    row("always the same model", lambda g: g.initialise(make_model=same(g.model)), "it must build a fresh model at every call",
         lambda g: g.initialise(make_model=lambda: nn.Linear(4, 3))),
+    row("a body for all models", lambda g: g.initialise(make_model=lambda: nn.Sequential(g.body, nn.Linear(5, 3))), r"share frozen: requires_grad_\(False\)",
+        lambda g: g.initialise(make_model=lambda: nn.Sequential(frozen(g.body), nn.Linear(5, 3)))),
+    row("a data set for batches", lambda g: g.initialise(train=g.data()), r"give a DataLoader, or of a Dataset data\.train\.batches\(20, seed=0\)",
+        lambda g: g.initialise(train=g.data().train.batches(20, seed=0)),
+        lambda g: g.initialise(train=DataLoader(TensorDataset(g.x, g.y), 8, shuffle=True))),
+    row("one number of a validation", lambda g: g.initialise(rehearsals=1, rehearsal_steps=1, validate=lambda model: 0.5), r"\(error, task loss\), got 0\.5; give two floats",
+        lambda g: g.initialise(rehearsals=1, rehearsal_steps=1, validate=lambda model: (0.5, 1.0))),
+    row("seeds: one network for all", lambda g: g.initialise_seeds(make_loss_network=same(LossNetwork.regression())), "for two seeds; it must build fresh ones",
+        lambda g: g.initialise_seeds(make_loss_network=LossNetwork.regression)),
+    row("more rates than groups", lambda g: OnlineLearningRate(g.model, F.cross_entropy, g.optimizer(), learning_rate=LearningRate([0.1, 0.2])), r"LearningRate\.of\(optimizer\) has one for each",
+        lambda g: OnlineLearningRate(g.model, F.cross_entropy, o := g.optimizer(), learning_rate=LearningRate.of(o)).step(g.batch, g.meta_batch)),
     row("rehearsals that diverge", lambda g: g.initialise_alone(**WILD), "lower the base learning rate",
         lambda g: g.initialise_alone(**{**WILD, "lr": 0.01})),
     row("late rehearsals that diverge", lambda g: g.initialise_alone(rehearsals=1, **STEEP), "or rehearse more often",
@@ -736,7 +775,7 @@ INITIALISING = [
         lambda g: g.initialise(steps=9, valid=[g.batch])),
     row("tensors for batches", lambda g: g.initialise(train=g.batch), r"DataLoader\(TensorDataset\(inputs, targets\), batch_size, shuffle=True\)",
         lambda g: g.initialise(train=DataLoader(TensorDataset(g.x, g.y), 8, shuffle=True))),
-    row("seeds: always the same model", lambda g: g.initialise_seeds(same(g.model)), "it must build a fresh one at every call",
+    row("seeds: always the same model", lambda g: g.initialise_seeds(same(g.model)), "it must build a fresh model at every call",
         lambda g: g.initialise_seeds()),
     row("seeds: rehearsals that diverge", lambda g: g.initialise_seeds(**WILD), "of seed 1 diverged; lower the base learning rate",
         lambda g: g.initialise_seeds(**{**WILD, "lr": 0.01})),
@@ -817,6 +856,30 @@ COMPARING = [
         lambda g: all(map(get_task, TASKS))),
     row("a task twice", lambda g: compare([get_task("iris"), get_task("iris").with_(steps=3)], ["handcrafted"], [0]), r"name a changed task anew, task\.with_\(name=\.\.\.\)",
         lambda g: compare([get_task("iris").with_(steps=2), get_task("iris").with_(steps=3, name="longer")], ["handcrafted"], [0], progress=False).task.nunique() == 2),
+    row("a number for seeds", lambda g: g.compare(METHODS["handcrafted"], seeds=5), r"give range\(10\), or \[0\]",
+        lambda g: g.compare(METHODS["handcrafted"], seeds=range(10)), lambda g: g.compare(METHODS["handcrafted"], seeds=[0])),
+    row("a loss for a method", lambda g: g.compare(F.cross_entropy), r"give Method\(Given\(loss\), 'in words'\)",
+        lambda g: g.compare(Method(GivenLoss(F.cross_entropy), "in words"))),
+    row("a loss for a recipe", lambda g: Method(F.cross_entropy, "mine"), r"got function, give Given\(loss\)",
+        lambda g: g.compare(Method(GivenLoss(F.cross_entropy), "mine"))),
+    row("a word for a rate", lambda g: Method(TaskLoss(), "mine", "tuned"), r"got str, give TaskRate\(\)",
+        lambda g: g.compare(Method(TaskLoss(), "mine", TaskRate()))),
+    row("η of a loss that is frozen", lambda g: Method(QUICK, "mine", meta_learning_rate=1e-3), "give online=True, or leave it out",
+        lambda g: g.compare(Method(QUICK, "mine", online=True, meta_learning_rate=1e-3)), lambda g: g.compare(Method(QUICK, "mine"))),
+    row("a replay of itself", lambda g: g.compare(Method(TaskLoss(), "mine", Replayed("mine"))), "refers to itself; name another",
+        lambda g: g.compare(Method(TaskLoss(), "mine", Replayed("handcrafted")))),
+    row("the compute of no learning", lambda g: g.compare(Method(TaskLoss(), "mine", compute_of="handcrafted")), "name one that does",
+        lambda g: g.compare(Method(TaskLoss(), "mine", compute_of=Method(QUICK, "quick")))),
+    row("kinds in a list", lambda g: GivenLoss(F.cross_entropy, ["classification"]), r"give \('classification',\)",
+        lambda g: g.compare(Method(GivenLoss(F.cross_entropy, ("classification",)), "mine"))),
+    row("a word for a loss", lambda g: GivenLoss("mse"), r"got str; give F\.mse_loss", lambda g: GivenLoss(F.mse_loss)),
+    row("a network for its function", lambda g: Learned(LossNetwork.classification()), "give lambda kind: LossNetwork",
+        lambda g: g.compare(Method(replace(QUICK, network=lambda kind: LossNetwork(kind, hidden=(5,))), "mine"))),
+    row("a function of nothing", lambda g: g.compare(Method(Learned(LossNetwork.classification), "mine")), "failed: .*; give lambda kind: LossNetwork",
+        lambda g: g.compare(Method(replace(QUICK, network=lambda kind: LossNetwork(kind, hidden=(5,))), "mine"))),
+    row("a network that cannot imitate", lambda g: g.compare(Method(Learned(lambda kind: Scaled()), "mine")), r"use settings=Initialiser\(imitation_steps=0\)",
+        lambda g: g.compare(Method(Learned(lambda kind: Scaled(), Initialiser(steps=2, rehearsals=0, imitation_steps=0)), "mine"))),
+    row("no factors", lambda g: Tuned(()), r"give \(0\.1, 1\.0\)", lambda g: g.compare(Method(TaskLoss(), "mine", Tuned((0.1, 1.0))))),
     row("a library that is not here", lambda g: without("cma", lambda: check_applies("taylorglo", get_task("iris"))), r"pip install 'adalfl-lite\[methods\]'",
         lambda g: check_applies("taylorglo", get_task("iris")),
         lambda g: {"cma", "deap"} <= {re.split(r"\W", text)[0] for text in extra("methods")}),

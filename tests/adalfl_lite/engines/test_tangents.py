@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalfl_lite.engines.finite_difference import finite_difference_tangent
 from adalfl_lite.engines.tangents import LayerOutputs, output_tangent
+from adalfl_lite.learn.online import OnlineLoss
 from adalfl_lite.passes import Buffers, forward, replaced
+from tests.models import Apply
 
 
 def convnet(affine=True, running=True):
@@ -171,3 +173,46 @@ def test_only_outputs_with_many_inputs_are_kept():
         torch.testing.assert_close(u, expected, rtol=1e-12, atol=1e-12)
         saved[fan_in] = alone - kept
     assert saved == {18: 2, 19: 1, 64: 1, 65: 0}
+
+
+class Faint(nn.Module):
+    """A loss of one weight, times a factor that leaves little of it."""
+
+    kind = "classification"
+
+    def __init__(self, factor):
+        super().__init__()
+        self.weight, self.factor = nn.Parameter(torch.ones(())), factor
+
+    def forward(self, prediction, target):
+        return self.factor * self.weight * nn.functional.cross_entropy(prediction, target)
+
+
+def trebled(x):
+    """The identity, whose gradient a hook makes three times as large."""
+    x = x.clone()
+    if x.requires_grad:
+        x.register_hook(lambda gradient: 3 * gradient)
+    return x
+
+
+def step_of(engine, factor, *layers):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *layers, nn.Linear(8, 3))
+    online = OnlineLoss(model, Faint(factor), torch.optim.SGD(model.parameters(), lr=0.1), engine=engine)
+    batches = [(torch.randn(20, 6), torch.randint(3, (20,))) for _ in range(2)]
+    return online.step(*batches)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-38, 1e-41, 1e-43, 1e-45])
+@pytest.mark.parametrize("engine", ["forward", "shared", "unrolled", "finite-difference"])
+def test_numbers_too_small_to_be_normal_are_no_disagreement(engine, factor):
+    """A learned loss that has nothing left to say has gradients of a few units in the last place there is."""
+    for _ in range(3):
+        step_of(engine, factor)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-10, 1e-20, 1e-25])
+def test_a_backward_pass_that_is_none_is_found_in_small_numbers_too(factor):
+    with pytest.raises(NotImplementedError, match="disagree"):
+        step_of("forward", factor, Apply(trebled))
