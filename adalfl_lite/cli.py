@@ -303,7 +303,10 @@ def table_command(
             notes.append(f"Without {', '.join(runs.method[trained_on].unique())}: trained on the validation split.")
         runs = runs[~trained_on]
     if reference not in set(runs.method):
-        _fail(f"no runs of the reference {reference!r} in the results; they have {', '.join(runs.method.unique())}")
+        _fail(
+            f"no runs of the reference {reference!r} in the results; they have {', '.join(runs.method.unique())}; add"
+            f" --reference {runs.method.iloc[0]}"
+        )
     if value not in runs:
         _fail(f"the results have no column for {value}; they were not written by compare")
     table = _checked(comparison_table, runs, reference, value.value)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 class Temperature(torch.nn.Module):
     kind = "classification"
 
-    def __init__(self, kind="classification"):
+    def __init__(self):
         super().__init__()
         self.log_scale = torch.nn.Parameter(torch.zeros(()))
 
@@ -50,7 +50,9 @@ from analysis import Recorder
 
 torch.set_num_threads(1)
 settings = Initialiser(steps=10, imitation_steps=0, rehearsals=2, rehearsal_steps=5)
-METHODS["temperature"] = Method(Learned(Temperature, settings), "cross-entropy with a learned temperature", online=True)
+METHODS["temperature"] = Method(
+    Learned(lambda kind: Temperature(), settings, ("classification",)), "a learned temperature", online=True
+)
 METHODS["half"] = Method(Given(lambda p, y: 0.5 * torch.nn.functional.cross_entropy(p, y), ("classification",)), "half")
 task = get_task("iris").with_(steps=20)
 last = final_errors(compare([task], ["handcrafted", "temperature", "half"], [0, 1], together=True, progress=False))

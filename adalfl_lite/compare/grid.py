@@ -58,8 +58,9 @@ def compare(
         device: where to train.
         jobs: processes; more than one uses the active joblib backend.
         together: make all seeds of a task one job, and one program where a method allows
-            (:class:`~adalfl_lite.learn.Stacked`): much faster for small models, the same to rounding. Seconds are then
-            equal shares of the program's. If one seed diverges, the method's seeds are run one by one.
+            (:class:`~adalfl_lite.learn.Stacked`): much faster for small models. Every step is the same to rounding,
+            which thousands of meta steps make larger: a learned loss may end elsewhere, so compare means over seeds.
+            Seconds are then equal shares of the program's. If one seed diverges, the method's seeds are run one by one.
         progress: show a bar over jobs and, of one process, below it the steps of what runs.
 
     Returns:

@@ -52,8 +52,9 @@ def _require(name: str, files: dict[Path, str | None], fetch: Callable[[], objec
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{name}: {', '.join(missing)} not found. Call load_dataset({name!r}, download=True) to fetch the data, or"
-            " point root= or the environment variable ADALFL_DATA to the folder that holds it."
+            f"{name}: {', '.join(missing)} not found. Call load_dataset({name!r}, download=True) to fetch the data"
+            " (adalfl ... --download), or point root= (--root) or the environment variable ADALFL_DATA to the folder"
+            " that holds it."
         )
     for path, md5 in files.items():
         if md5 is None:

@@ -167,8 +167,8 @@ def check_agreement(
         w: a direction in parameter space.
         along: ⟨∂M/∂f, u⟩, a scalar.
         bound: gives ‖∂M/∂f‖ ‖u‖, a scalar.
-        tolerance: relative to Σ_i ‖g_i‖ ‖w_i‖ over the tensors i, plus ``bound``. Numbers so small that they are no more
-            normal ones are not compared: of a loss that has nothing left to say, rounding is all there is.
+        tolerance: relative to Σ_i ‖g_i‖ ‖w_i‖ over the tensors i, plus ``bound``. Those too small to be normal are not
+            compared: of a loss that has nothing left to say, rounding is all there is.
     """
     if not gradients:
         return

@@ -79,7 +79,7 @@ def initialise(
     callback: Callable[[int, nn.Module], None] | None = None,
     progress: bool = False,
 ) -> Initialisation:
-    """Meta-learn ``loss_network`` in place before training: Algorithm 1, with the three additions above.
+    """Meta-learn ``loss_network`` in place before training: Algorithm 1, with three additions that ``settings`` tell.
 
     Args:
         loss_network: M_φ, usually a :class:`~adalfl_lite.losses.LossNetwork`; another module with a ``kind`` where

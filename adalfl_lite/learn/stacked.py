@@ -1,5 +1,7 @@
-"""S learners as one program over stacked tensors: what each would learn alone, to rounding, in far less time.
+"""S learners as one program over stacked tensors: what each would learn alone, in far less time.
 
+Each step is that of the learner alone, to rounding. What many steps make of rounding is another matter: a training that
+is sensitive to it, as Algorithm 1 is over thousands of meta steps, ends elsewhere, as it would on another machine.
 A small model leaves a processor idle, so ten seeds in one program cost about as much as three one after another
 (``benchmarks/seeds.py``). The learners never meet. How tensors are stacked is told in
 :mod:`adalfl_lite.engines.stacked`.
@@ -44,7 +46,7 @@ KIND_OF = {
 
 
 class Stacked(Learner):
-    """S learners of one kind, all in step: each ends where it would alone, to rounding, if every step is finite.
+    """S learners of one kind, all in step: every step is to each what it would be alone, to rounding, if it is finite.
 
     Args:
         learners: S of :class:`~adalfl_lite.learn.Plain`, of :class:`~adalfl_lite.learn.OnlineLoss` or of

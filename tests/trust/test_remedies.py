@@ -510,6 +510,12 @@ class Scaled(nn.Module):
         return self.scale * F.cross_entropy(prediction, target)
 
 
+class ScaledClasses(Scaled):
+    """The same with its kind."""
+
+    kind = "classification"
+
+
 class Sharing(nn.Module):
     """A model that holds the parameter of a loss."""
 
@@ -877,8 +883,8 @@ COMPARING = [
         lambda g: g.compare(Method(replace(QUICK, network=lambda kind: LossNetwork(kind, hidden=(5,))), "mine"))),
     row("a function of nothing", lambda g: g.compare(Method(Learned(LossNetwork.classification), "mine")), "failed: .*; give lambda kind: LossNetwork",
         lambda g: g.compare(Method(replace(QUICK, network=lambda kind: LossNetwork(kind, hidden=(5,))), "mine"))),
-    row("a network that cannot imitate", lambda g: g.compare(Method(Learned(lambda kind: Scaled()), "mine")), r"use settings=Initialiser\(imitation_steps=0\)",
-        lambda g: g.compare(Method(Learned(lambda kind: Scaled(), Initialiser(steps=2, rehearsals=0, imitation_steps=0)), "mine"))),
+    row("a network that cannot imitate", lambda g: g.compare(Method(Learned(lambda kind: ScaledClasses()), "mine")), r"use settings=Initialiser\(imitation_steps=0\)",
+        lambda g: g.compare(Method(Learned(lambda kind: ScaledClasses(), Initialiser(steps=2, rehearsals=0, imitation_steps=0)), "mine"))),
     row("no factors", lambda g: Tuned(()), r"give \(0\.1, 1\.0\)", lambda g: g.compare(Method(TaskLoss(), "mine", Tuned((0.1, 1.0))))),
     row("a library that is not here", lambda g: without("cma", lambda: check_applies("taylorglo", get_task("iris"))), r"pip install 'adalfl-lite\[methods\]'",
         lambda g: check_applies("taylorglo", get_task("iris")),
@@ -887,7 +893,7 @@ COMPARING = [
         lambda g: "iris" in command(g, "tasks"), lambda g: command(g, "compare", "iris", "--methods", "handcrafted", "--seeds", 1, "--steps", 2, "--out", g.folder)),
     row("two files and no name", lambda g: command(g, "plot", g.results(name="a"), g.results("absolute", name="b")), "add --out PICTURE.png",
         lambda g: (command(g, "plot", g.results(name="a"), g.results("absolute", name="b"), "--out", g.folder / "PICTURE.png"), (g.folder / "PICTURE.png").exists())[1]),
-    row("no such reference", lambda g: command(g, "table", g.results("focal", "absolute")), "they have focal, absolute",
+    row("no such reference", lambda g: command(g, "table", g.results("focal", "absolute")), "they have focal, absolute; add --reference focal",
         lambda g: "absolute" in command(g, "table", g.results("focal", "absolute"), "--reference", "focal")),
     row("a table without costs", lambda g: (pd.read_parquet(p := g.results()).drop(columns="seconds").to_parquet(p), command(g, "table", p, "--value", "cost")),
         "they were not written by compare", lambda g: "handcrafted" in command(g, "table", g.results(), "--value", "cost")),
