@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import platform
@@ -163,8 +164,9 @@ def _code_of(part: Any, of: Any) -> Iterator[bytes]:
 
 
 def _bytes_of(code: CodeType, names: set[str]) -> Iterator[bytes]:
-    """What a piece of code does; the names that it uses are added to ``names``."""
-    names.update(code.co_names)
+    """What a piece of code does; the global names that it uses are added to ``names``."""
+    # not co_names, where attributes are among them
+    names.update(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
     yield code.co_code
     yield repr(code.co_names).encode()
     for constant in code.co_consts:

@@ -746,6 +746,23 @@ def test_what_a_method_refers_to_is_looked_at_before_any_job_starts(monkeypatch,
         compared([IRIS], {"first": given(scaled(1.0)), "last": method()}, [0])
 
 
+mean = 3.0
+"""Of the name of a method that a loss calls, and no part of it."""
+
+
+def test_a_function_is_the_same_in_a_process_that_it_was_sent_to(tmp_path):
+    def half(prediction, target):
+        return F.cross_entropy(prediction, target, reduction="none").mean() / 2
+
+    task, own = IRIS.with_(steps=3), {"half": given(half)}
+    found = compared([task], own, [0, 1], folder=tmp_path, jobs=2)
+    same(compared([task], own, [0, 1], folder=tmp_path), found)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    same(compared([task], own, [0, 1], folder=tmp_path), found)
+    same(compared([task], own, [0, 1], folder=tmp_path, jobs=2), found)
+
+
 class TinyLoss(torch.nn.Module):
     """A learned loss of one weight."""
 
